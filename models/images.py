@@ -1,0 +1,71 @@
+"""From a path to pictures: any file that people have becomes an RGB image, or one line that says why it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SMALLEST = 8
+"""Pixels a side below which a picture has nothing to explain."""
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """The file itself, or the image files of a folder by their extensions, sorted, without those of its sub-folders.
+
+    Raises:
+        ValueError: when the path does not exist or the folder has no images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        known = Image.registered_extensions()
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+        if not files:
+            raise ValueError(f"image: the folder {path} has no images")
+        return files
+    if not path.exists():
+        raise ValueError(f"image: there is no file {path}")
+    return [path]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read a picture as RGB: upright (EXIF), transparency on white, 16 bits scaled to 8, the first frame of several.
+
+    Raises:
+        ValueError: when the file is missing, empty, damaged, no image, too small or larger than Pillow's limit.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                image = _rgb(ImageOps.exif_transpose(file))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = Image.MAX_IMAGE_PIXELS // 1_000_000
+        raise ValueError(f"image: {path} has more than {limit} million pixels; scale it down") from None
+    except UnidentifiedImageError:
+        reason = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
+        raise ValueError(f"image: {path} {reason}") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow's decoders raise all of them
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise ValueError(f"image: {path} {reason}") from None
+    if min(image.size) < SMALLEST:
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"image: {path} has {size} pixels; the least is {SMALLEST} x {SMALLEST}")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # no fixed range: stretch what is there
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

