@@ -115,6 +115,8 @@ def attention_flow(
     images = images.to(parameter.device, parameter.dtype)
     if importance is None and getattr(model, "num_classes", None) == 0:
         raise ValueError("importance: the model has no classifier (num_classes=0); give the importance of its features")
+    if importance is not None and target is not None:
+        raise ValueError("target: cannot be explained together with importance; give one of the two")
     w = torch.relu if importance is None else lambda c: c
 
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
@@ -262,7 +264,7 @@ def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
             f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
         )
     embed, (channels, *size) = model.patch_embed, images.shape[1:]
-    wanted = getattr(embed, "in_chans", None) or getattr(embed.proj, "in_channels", channels)
+    wanted = getattr(embed, "in_chans", None) or getattr(getattr(embed, "proj", None), "in_channels", channels)
     if channels != wanted:
         raise ValueError(f"images: the model takes {wanted} channels, got {channels}")
     if getattr(embed, "strict_img_size", False) and embed.img_size and tuple(size) != tuple(embed.img_size):
@@ -316,16 +318,16 @@ def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) 
 
 def _importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """`(B, D)` in the dtype and on the device of the features."""
+    b, d = features.shape
     with torch.no_grad():
-        weights = torch.as_tensor(importance(features) if callable(importance) else importance).to(features)
-    if weights.shape not in (features.shape[1:], features.shape):
-        b, d = features.shape
-        raise ValueError(
-            f"importance: expected ({d},) or ({b}, {d}), the width of the features, got {tuple(weights.shape)}"
-        )
+        weights = importance(features) if callable(importance) else importance
+    if not isinstance(weights, Tensor) or weights.shape not in ((d,), (b, d)):
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"importance: expected a tensor ({d},) or ({b}, {d}), the width of the features, got {got}")
+    weights = weights.detach().to(features)
     if not torch.isfinite(weights).all():
         raise ValueError("importance: has NaN or infinite values")
-    return weights.detach().expand_as(features)
+    return weights.expand_as(features)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
     """
     if not frames:
         raise ValueError("frames: there are none")
-    palettes = [frame.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+    palettes = [frame.quantize(256) for frame in frames]
     with whole_file(path) as part:
         palettes[0].save(
             part,
