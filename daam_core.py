@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ def attention_flow(
 
     Args:
         model: a timm `VisionTransformer` (or a model with its attributes) whose head reads the class token. It runs in
-            eval mode and is given back as it was, also after an exception.
+            eval mode and is given back as it was, also after an exception. Threads may explain several models at once,
+            or share one that is in eval mode.
         images: `(B, 3, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
         target: the class to explain: None for each image's predicted class, one index for all, or one per image.
         importance: explains the feature (timm's `pre_logits`, `(B, D)`) instead of a class score: a `(D,)` or `(B, D)`
@@ -246,7 +248,8 @@ def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
         raise UnsupportedModel(
             f"model: the score of {name} reads two tokens, class and distillation; use one without the latter"
         )
-    if not all(hasattr(model, part) for part in ("patch_embed", "num_prefix_tokens", "blocks", "forward_head")):
+    parts = all(hasattr(model, part) for part in ("patch_embed", "num_prefix_tokens", "blocks", "forward_head"))
+    if not parts or not all(hasattr(model.patch_embed, part) for part in ("feat_ratio", "dynamic_feat_size")):
         raise UnsupportedModel(
             f"model: {name} is not built like a timm VisionTransformer (patch_embed, blocks, forward_head)"
         )
@@ -282,9 +285,14 @@ def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
 def _check_forward(model: nn.Module, calls: Sequence[_Attention], output: Tensor) -> None:
     if len(calls) != len(model.blocks):
         raise UnsupportedModel(
-            f"model: attention was seen {len(calls)} times in {len(model.blocks)} blocks; DAAM watches "
-            f"scaled_dot_product_attention, once a block (timm: switch it on with timm.layers.set_fused_attn(True) "
-            f"before the model is built)"
+            f"model: attention was seen {len(calls)} times in {len(model.blocks)} blocks; DAAM watches one call of "
+            f"scaled_dot_product_attention a block (timm: timm.layers.set_fused_attn(True) before the model is built, "
+            f"where its attention has a fused form)"
+        )
+    if not output.requires_grad:
+        raise UnsupportedModel(
+            f"model: the output of {type(model).__name__} does not depend on its attention; "
+            f"is its forward under torch.no_grad()?"
         )
     if output.ndim != 2:
         raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {tuple(output.shape)}")
@@ -305,9 +313,8 @@ def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) 
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(0)
     if indices.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or indices.shape not in ((), (batch,)):
-        raise ValueError(
-            f"target: expected None, a class index or one index for each of {batch} images, got {target!r}"
-        )
+        got = " ".join(repr(target).split())[:60]
+        raise ValueError(f"target: expected None, a class index or one index for each of {batch} images, got {got}")
     wrong = indices[(indices < 0) | (indices >= classes)]
     if len(wrong):
         raise ValueError(
@@ -352,7 +359,8 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
         ValueError: when `accumulated` is not `(L, h, w)` or not finite.
     """
     if isinstance(accumulated, Tensor):
-        accumulated = accumulated.detach().float().cpu().numpy()
+        accumulated = accumulated.detach().cpu().float().numpy()
+    accumulated = np.asarray(accumulated, np.float32)
     if accumulated.ndim != 3 or accumulated.size == 0:
         raise ValueError(f"accumulated: expected the maps (L, h, w) of one image, got {accumulated.shape}")
     if not np.isfinite(accumulated).all():
@@ -383,9 +391,9 @@ def overlay(
         L RGB images of the size of the image.
     """
     image = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image: expected a PIL image or an array (H, W, 3), got {image.shape}")
-    if heat.ndim != 3 or heat.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected a PIL image or an array (H, W, 3) of uint8, got {image.shape} {image.dtype}")
+    if heat.ndim != 3 or heat.dtype != np.uint8 or heat.size == 0:
         raise ValueError(f"heat: expected (L, H, W) uint8 as render returns it, got {heat.shape} {heat.dtype}")
     if labels is not None and len(labels) != len(heat):
         raise ValueError(f"labels: expected one for each of {len(heat)} frames, got {len(labels)}")
@@ -512,14 +520,14 @@ def save_flow(
     Returns:
         The folder.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     accumulated = flow.accumulated[index]
     blocks, h, w = accumulated.shape
     frames = overlay(image, render(accumulated), block_labels(blocks))
     maps = {"block_maps": flow.block_maps[index], "accumulated": accumulated, "output": flow.output[index]}
     manifest = (manifest or {}) | {"blocks": blocks, "grid": [h, w]}
 
-    part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    part = _part_of(directory)
     try:
         (part / "frames").mkdir(parents=True)
         save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
@@ -540,9 +548,14 @@ def save_flow(
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to; renamed to `path` at the end of the `with`, deleted after an exception."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

@@ -182,7 +182,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    with whole_file(HERE / "caltech101_held_out.txt") as part:
+    with whole_file(args.out.with_name("caltech101_held_out.txt")) as part:
         part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))
 
     model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=len(classes))
