@@ -206,7 +206,7 @@ def test_find_class(name, index):
         ("taby", NAMES, "no class is called 'taby'; near names: tabby"),
         ("cat", NAMES, "near names: .*tabby cat"),
         ("xylophone", NAMES, "no class is called 'xylophone'; give an index"),
-        ("5", NAMES, r"class 5 is out of range; the model has 5 classes, 0\.\.4"),
+        ("5", NAMES, "class 5 is out of range; the model has 5 classes, from 0 on"),
         ("-1", NAMES, "class -1 is out of range"),
         ("dog", None, "the class names of this model are not known; give the index of 'dog'"),
     ],

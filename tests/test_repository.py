@@ -69,7 +69,9 @@ def test_api_example(place):
 def test_links_and_pictures_exist():
     for page in (ROOT / "README.md", *(ROOT / "pretrainedmodels").glob("*.md"), ROOT / ".img" / "README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.startswith(("http://", "https://")) or (page.parent / target).exists(), (
+                f"{page.name}: {target}"
+            )
 
 
 def test_conda_and_pip_install_the_same():
