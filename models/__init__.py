@@ -157,7 +157,7 @@ def _from_hub(name: str) -> tuple[nn.Module, Path | None]:
                 f"or an embedded model ({', '.join(embedded_names())})"
             )
     try:
-        overlay = {"file": str(file)} if file else None
+        overlay = {"file": str(file), "custom_load": file.suffix == ".npz"} if file else None
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # whatever the hub, the network, the disk or timm's own loader raise
         raise WeightsUnavailable(f"model: the weights of {name} could not be loaded: {_first_line(error)}") from error
@@ -168,7 +168,7 @@ def _cached(config) -> Path | None:
     """The file of these weights in the cache of the hub or of torch.hub, without asking the network."""
     if config.hf_hub_id:
         names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        files = [try_to_load_from_cache(config.hf_hub_id, name) for name in names]
+        files = [try_to_load_from_cache(config.hf_hub_id, name, hub.HF_HUB_CACHE) for name in names]
         return next((Path(file) for file in files if isinstance(file, str)), None)
     file = Path(torch.hub.get_dir(), "checkpoints", config.url.rsplit("/", 1)[-1])
     return file if file.is_file() else None
