@@ -5,7 +5,7 @@
 
 Edit the constants or give the options of the same names. For every photo the script prints the five most probable
 classes and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, maps.npz and flow.json.
-Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are done still.
+Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 
@@ -58,9 +57,11 @@ SIZE = "image"
 # Milliseconds a frame of the GIF; the last one stays three times as long.
 DURATION = 400
 
-DEFAULT = "deit_small_patch16_224"  # only this one is replaced when its weights cannot be had; a model you name is not
-FALLBACK = "vit_small_patch14_caltech101"
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow")
+# Not to be edited: the MODEL that is replaced where its weights cannot be had, and by what. A model you name is not.
+DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
+LARGE = 4_000_000  # pixels above which twelve frames take a while
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,17 +70,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--image", nargs="+", metavar="PATH", default=[IMAGE], help="image files or folders of them")
+    add(
+        "--image",
+        nargs="+",
+        metavar="PATH",
+        default=[IMAGE],
+        help=f"image files or folders of them (default: {Path(IMAGE).name})",
+    )
     add("--model", metavar="NAME", default=argparse.SUPPRESS, help=f"timm name or embedded model (default: {MODEL})")
-    add("--checkpoint", metavar="FILE", default=CHECKPOINT, help="local weights, .safetensors or .pth")
-    add("--target", metavar="CLASS", default=TARGET, help="class index or name; None is the predicted class")
-    add("--output-dir", metavar="DIR", default=OUTPUT_DIR, help="where the results go")
-    add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps")
-    add("--norm", action=argparse.BooleanOptionalAction, default=NORM, help="min-max normalise every block's map")
-    add("--size", type=frame_size, default=SIZE, help="size of the frames: image, model, or the longer side in pixels")
-    add("--duration", type=int, metavar="MS", default=DURATION, help="milliseconds a frame")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        default=CHECKPOINT,
+        help="local weights, .safetensors or .pth (default: %(default)s)",
+    )
+    add(
+        "--target",
+        metavar="CLASS",
+        default=TARGET,
+        help=f"class index or name (default: {TARGET or 'the predicted class'})",
+    )
+    add("--output-dir", metavar="DIR", default=OUTPUT_DIR, help="where the results go (default: %(default)s)")
+    add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add(
+        "--norm",
+        action=argparse.BooleanOptionalAction,
+        default=NORM,
+        help="min-max normalise every block's map (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=frame_size,
+        default=SIZE,
+        help="size of the frames: image, model, or the longer side in pixels (default: %(default)s)",
+    )
+    add("--duration", type=int, metavar="MS", default=DURATION, help="milliseconds a frame (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not 20 <= options.duration <= 60_000:
         parser.error(f"--duration: expected 20 to 60000 milliseconds, got {options.duration}")
@@ -105,8 +132,9 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     else:
         try:
             loaded = load(DEFAULT, None, device)
-        except WeightsUnavailable:
-            print(f"the weights of {DEFAULT} cannot be had: going on with the embedded {FALLBACK}", file=sys.stderr)
+        except WeightsUnavailable as error:
+            reason = str(error).removeprefix("model: ").split(";")[0]
+            print(f"{reason}; going on with the embedded {FALLBACK}", file=sys.stderr)
             loaded = load(FALLBACK, None, device)
     if loaded.model.num_classes == 0:
         raise ValueError(f"model: {loaded.name} has no classifier, so there is no class score to explain")
@@ -117,13 +145,13 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.full((1,), torch.zeros(1, device=name).item(), device=name).device  # meta has no items
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, options: argparse.Namespace) -> str:
-    """Explain one photo, write its results to `folder`-<class>, and return what there is to print."""
+def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, options: argparse.Namespace) -> None:
+    """Explain one photo, print its classes and write its results to `folder`-<class>."""
     photo = read_image(file)
     device = next(loaded.model.parameters()).device
     images = loaded.transform(photo).unsqueeze(0).to(device)
@@ -149,7 +177,7 @@ def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, o
         "input_size": list(images.shape[1:]),
         "num_prefix_tokens": loaded.model.num_prefix_tokens,
         "settings": {"norm": options.norm, "size": options.size, "duration": options.duration, "device": str(device)},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: sys.modules[name].__version__ for name in PACKAGES},
     }
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
@@ -157,9 +185,13 @@ def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, o
         photo = ImageOps.contain(photo, (options.size, options.size), Image.Resampling.BICUBIC)
     folder = folder.with_name(f"{folder.name}-{file_name(short_name)}")
     caption = f"{short_name}: {explained['probability']:.1%}\n{loaded.name}"
+    if index != top5[0]["index"]:
+        caption += f"\npredicted: {top5[0]['name'].split(', ')[0]} {top5[0]['probability']:.1%}"
+    tqdm.write("\n".join([f"{file}", *(f"  {c['probability']:6.1%}  {c['index']:>4}  {c['name']}" for c in top5)]))
+    if photo.width * photo.height > LARGE:
+        tqdm.write(f"  frames of {photo.width} x {photo.height} pixels take a while; --size 1024 is faster")
     save_flow(folder, photo, flow, caption=caption, manifest=manifest, duration=options.duration)
-    lines = [f"{file}", *(f"  {c['probability']:6.1%}  {c['index']:>4}  {c['name']}" for c in top5)]
-    return "\n".join([*lines, f"  explained: {index} {short_name} -> {folder / 'flow.gif'}"])
+    tqdm.write(f"  explained: {index} {short_name} -> {folder / 'flow.gif'}")
 
 
 def file_name(text: str) -> str:
@@ -167,11 +199,12 @@ def file_name(text: str) -> str:
 
 
 def result_names(files: list[Path]) -> list[str]:
-    """A name for the results of every file: its stem; its full name, or a number, where the stem is taken."""
+    """A name for the results of every file: its stem; where that is taken its full name, that with its folder's, ..."""
     names: dict[str, Path] = {}
     for file in files:
         stem, full = file_name(file.stem), file_name(file.name)
-        candidates = chain([stem, full], (f"{full}_{n}" for n in count(2)))
+        folder = file_name(f"{file.absolute().parent.name}_{file.name}")
+        candidates = chain([stem, full, folder], (f"{folder}_{n}" for n in count(2)))
         names[next(name for name in candidates if name not in names)] = file
     return list(names)
 
@@ -215,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress: Iterable = zip(files, result_names(files))
     for file, name in tqdm(progress, total=len(files), unit="image", disable=len(files) == 1):
         try:
-            tqdm.write(explain(file, Path(options.output_dir, file_name(loaded.name), name), loaded, target, options))
+            explain(file, Path(options.output_dir, file_name(loaded.name), name), loaded, target, options)
         except UnsupportedModel as error:
             failed(error)
             break

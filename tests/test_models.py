@@ -64,6 +64,21 @@ def test_the_projection_head_beside_a_backbone_is_left_out(tiny, tmp_path):
     assert load(TINY, tmp_path / "dino.pth").model.num_classes == 0
 
 
+def test_a_classifier_beside_a_backbone_is_kept_and_strangers_are_named(tiny, tmp_path):
+    own = dict(tiny.state_dict())
+    state = {name if name.startswith("head.") else f"backbone.{name}": value for name, value in own.items()}
+    torch.save(state, tmp_path / "w.pth")
+    assert same_weights(load(TINY, tmp_path / "w.pth").model, own)
+    torch.save(state | {"projector.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="1 keys unknown .projector.weight."):
+        load(TINY, tmp_path / "w.pth")
+
+
+def test_an_embedded_name_takes_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="has its own weights; for a checkpoint name vit_small_patch14_dinov2"):
+        load("vit_small_patch14_caltech101", tmp_path / "w.pth")
+
+
 def test_fp16_weights_become_float32(tiny, tmp_path):
     state = {name: value.half() for name, value in tiny.state_dict().items()}
     torch.save(state, tmp_path / "half.pth")
@@ -159,16 +174,25 @@ def test_no_cache_and_no_network(tmp_path, monkeypatch):
 
 
 def test_reachable():
-    class NotFound(http.server.BaseHTTPRequestHandler):
+    class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
-            self.send_error(404)
+            self.send_response(self.status)
+            self.end_headers()
 
         def log_message(self, *_):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert models._reachable(f"http://127.0.0.1:{server.server_port}")  # an answer is an answer
+        for Answer.status, reachable in (
+            (200, True),
+            (404, True),
+            (401, True),
+            (503, False),
+            (403, False),
+            (407, False),
+        ):
+            assert models._reachable(f"http://127.0.0.1:{server.server_port}") == reachable, Answer.status
         server.shutdown()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
         assert not models._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)

@@ -63,7 +63,8 @@ def test_default_run_without_network(offline, tmp_path):
     result = run("--output-dir", tmp_path / "a", env=offline, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     notes = [line for line in result.stderr.splitlines() if "embedded" in line]
-    assert notes == [f"the weights of deit_small_patch16_224 cannot be had: going on with the embedded {EMBEDDED}"]
+    reason = "the weights of deit_small_patch16_224 are not cached and http://127.0.0.1:9 cannot be reached"
+    assert notes == [f"{reason}; going on with the embedded {EMBEDDED}"]
     printed = result.stdout.splitlines()
     assert printed[0].endswith("coffee.png") and len(printed) == 7
     assert "cup" in printed[1]  # the most probable class
@@ -171,6 +172,7 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
         (["--target", "dgo"], ["target: no class is called 'dgo'; near names: dog"]),
         (["--target", "3"], ["target: class 3 is out of range; the model has 3 classes"]),
         (["--device", "abacus"], ["device: 'abacus' cannot be used"]),
+        (["--device", "meta"], ["device: 'meta' cannot be used"]),
         (["--checkpoint", "gone.pth"], ["checkpoint: there is no file gone.pth"]),
         (["--model", "deit_smal"], ["model: 'deit_smal' is neither a timm name nor an embedded model"]),
         (["--model", "swin_tiny_patch4_window7_224", "--checkpoint", "swin.pth"], ["has no class token"]),
@@ -199,7 +201,8 @@ def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
         shutil.copy(ROOT / ".img" / "coffee.png", photos / f"{n:03d}.png")
     command = [sys.executable, SCRIPT, "--image", photos, "--checkpoint", weights, "--output-dir", tmp_path / "out"]
     process = subprocess.Popen(command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process.stdout.readline()  # the first photo is done
+    while "explained:" not in process.stdout.readline():  # until the first photo is done
+        assert process.poll() is None
     time.sleep(0.3)  # somewhere in the second
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
