@@ -90,7 +90,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--target",
         metavar="CLASS",
         default=TARGET,
-        help=f"class index or name (default: {TARGET or 'the predicted class'})",
+        help=f"class index or name (default: {'the predicted class' if TARGET is None else TARGET})",
     )
     add("--output-dir", metavar="DIR", default=OUTPUT_DIR, help="where the results go (default: %(default)s)")
     add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
@@ -145,7 +145,9 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.full((1,), torch.zeros(1, device=name).item(), device=name).device  # meta has no items
+        probe = torch.zeros(1, device=name)
+        probe.item()  # on "meta" there are none
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
