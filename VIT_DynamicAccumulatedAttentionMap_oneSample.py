@@ -15,7 +15,6 @@ import hashlib
 import platform
 import re
 import sys
-from collections.abc import Iterable
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
@@ -247,8 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
         failed(error)
         return 2
 
-    progress: Iterable = zip(files, result_names(files))
-    for file, name in tqdm(progress, total=len(files), unit="image", disable=len(files) == 1):
+    names = result_names(files)
+    for file, name in tqdm(zip(files, names), total=len(files), unit="image", disable=len(files) == 1):
         try:
             explain(file, Path(options.output_dir, file_name(loaded.name), name), loaded, target, options)
         except UnsupportedModel as error:

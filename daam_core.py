@@ -143,7 +143,7 @@ def attention_flow(
     patches = slice(model.num_prefix_tokens, None)
     block_maps = torch.stack([call.map[:, patches].unflatten(1, grid) for call in watch.calls], dim=1)
     summands = _min_max(block_maps) if norm else block_maps
-    return AttentionFlow(block_maps, summands.cumsum(1), output.detach(), target if importance is None else None)
+    return AttentionFlow(block_maps, summands.cumsum(1), output.detach(), target)
 
 
 class _AttentionWatch(TorchFunctionMode):

@@ -11,8 +11,11 @@ Every error is a `ValueError` of one line that names the argument and the way ou
 from __future__ import annotations
 
 import difflib
+import http.client
 import json
 import pickle
+import queue
+import re
 import sys
 import threading
 import urllib.error
@@ -34,8 +37,6 @@ from torch import Tensor, nn
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrainedmodels"
 WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
 """Keys under which training code stores the weights, the best first (DINO: `teacher`, DeiT: `model`)."""
-
-
 PROJECTION_HEADS = ("head.mlp.", "head.last_layer.")
 """DINO's checkpoints have one beside the backbone; it is no part of the model."""
 
@@ -116,7 +117,7 @@ def find_class(name: str, class_names: list[str] | None, num_classes: int) -> in
         ValueError: when nothing, or more than one class, has that name, with near names or the indices; when the index
             is out of range.
     """
-    if name.strip().lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", name.strip()):
         if 0 <= int(name) < num_classes:
             return int(name)
         raise ValueError(f"target: class {name} is out of range; the model has {num_classes} classes, from 0 on")
@@ -184,25 +185,22 @@ def _cached(config) -> Path | None:
 
 def _reachable(url: str, seconds: float = 4) -> bool:
     """Whether a server answers in time. In a thread, since the look-up of a name takes no time limit."""
-    answered = threading.Event()
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError as error:
-            if error.code >= 500 or error.code in (403, 407):  # a proxy in between that lets nothing through
-                done.set()
-                return
-        except (OSError, ValueError):
-            done.set()
-            return
-        answered.set()
-        done.set()
+            answers.put(True)
+        except urllib.error.HTTPError as error:  # an answer too, unless a proxy in between lets nothing through
+            answers.put(error.code < 500 and error.code not in (403, 407))
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.put(False)
 
-    done = threading.Event()
     threading.Thread(target=ask, daemon=True).start()
-    done.wait(seconds)
-    return answered.is_set()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return False
 
 
 def _check_name(name: str) -> None:
@@ -220,7 +218,11 @@ def _check_name(name: str) -> None:
 
 def architecture_of(checkpoint: str | Path) -> str | None:
     """The timm name that a checkpoint carries in its metadata, as the embedded ones do; None where it does not."""
-    return read_checkpoint(Path(checkpoint))[1].get("architecture")
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            return (file.metadata() or {}).get("architecture")
+    except Exception:  # of another format, missing or damaged: `load` says which
+        return None
 
 
 def _from_checkpoint(name: str | None, path: Path) -> tuple[nn.Module, str, list[str] | None]:

@@ -232,6 +232,8 @@ def test_find_class(name, index):
         ("xylophone", NAMES, "no class is called 'xylophone'; give an index"),
         ("5", NAMES, "class 5 is out of range; the model has 5 classes, from 0 on"),
         ("-1", NAMES, "class -1 is out of range"),
+        ("--1", NAMES, "no class is called '--1'"),
+        ("²", NAMES, "no class is called '²'"),
         ("dog", None, "the class names of this model are not known; give the index of 'dog'"),
     ],
 )
