@@ -11,21 +11,23 @@ Exit code: 0, or 2 when something could not be done: one line on stderr says wha
 from __future__ import annotations
 
 import argparse
-import hashlib
-import platform
-import re
-import sys
-from functools import cache
-from itertools import chain, count
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from daam_core import UnsupportedModel, attention_flow, save_flow
-from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
-from models.images import find_images, read_image
+from daam_core import attention_flow
+from models import LoadedModel, WeightsUnavailable, find_class, load
+from models.command_line import (
+    explain_photos,
+    find_device,
+    flow_options,
+    going_on,
+    load_named,
+    manifest,
+    run,
+    save_result,
+)
+from models.images import read_image
 
 # What to explain: a file, or a folder of images.
 IMAGE = Path(__file__).parent / ".img" / "coffee.png"
@@ -59,207 +61,60 @@ DURATION = 400
 # Not to be edited: the MODEL that is replaced where its weights cannot be had, and by what. A model you name is not.
 DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
-LARGE = 4_000_000  # pixels above which twelve frames take a while
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
-
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--image",
-        nargs="+",
-        metavar="PATH",
-        default=[IMAGE],
-        help=f"image files or folders of them (default: {Path(IMAGE).name})",
-    )
-    add("--model", metavar="NAME", default=argparse.SUPPRESS, help=f"timm name or embedded model (default: {MODEL})")
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        default=CHECKPOINT,
-        help="local weights, .safetensors or .pth (default: %(default)s)",
-    )
-    add(
-        "--target",
-        metavar="CLASS",
-        default=TARGET,
-        help=f"class index or name (default: {'the predicted class' if TARGET is None else TARGET})",
-    )
-    add("--output-dir", metavar="DIR", default=OUTPUT_DIR, help="where the results go (default: %(default)s)")
-    add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add(
-        "--norm",
-        action=argparse.BooleanOptionalAction,
-        default=NORM,
-        help="min-max normalise every block's map (default: %(default)s)",
-    )
-    add(
-        "--size",
-        type=frame_size,
-        default=SIZE,
-        help="size of the frames: image, model, or the longer side in pixels (default: %(default)s)",
-    )
-    add("--duration", type=int, metavar="MS", default=DURATION, help="milliseconds a frame (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if not 20 <= options.duration <= 60_000:
-        parser.error(f"--duration: expected 20 to 60000 milliseconds, got {options.duration}")
-    return options
+    return flow_options(
+        __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
+        device=DEVICE, norm=NORM, size=SIZE, duration=DURATION,
+    ).parse_args(arguments)  # fmt: skip
 
 
-def frame_size(text: str) -> str | int:
-    if text in ("image", "model"):
-        return text
-    if text.isdigit() and 32 <= int(text) <= 8192:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected image, model, or 32 to 8192 pixels, got {text!r}")
-
-
-def load_model(options: argparse.Namespace) -> LoadedModel:
-    """The model that the options ask for, or the embedded one in place of a default whose weights cannot be had."""
-    device = find_device(options.device)
-    named = getattr(options, "model", None)
-    if options.checkpoint is not None and named is None:
-        loaded = load(None if architecture_of(options.checkpoint) else MODEL, options.checkpoint, device)
-    elif options.checkpoint is not None or named is not None or MODEL != DEFAULT:
-        loaded = load(named or MODEL, options.checkpoint, device)
+def prepare(options: argparse.Namespace) -> tuple[LoadedModel, int | None]:
+    """The model, or the embedded one in place of a default whose weights cannot be had; and the class to explain."""
+    if options.checkpoint is not None or hasattr(options, "model") or MODEL != DEFAULT:
+        loaded = load_named(options, MODEL)
     else:
         try:
-            loaded = load(DEFAULT, None, device)
+            loaded = load(DEFAULT, None, find_device(options.device))
         except WeightsUnavailable as error:
-            reason = str(error).removeprefix("model: ").split(";")[0]
-            print(f"{reason}; going on with the embedded {FALLBACK}", file=sys.stderr)
-            loaded = load(FALLBACK, None, device)
+            going_on(error, FALLBACK)
+            loaded = load(FALLBACK, None, find_device(options.device))
     if loaded.model.num_classes == 0:
-        raise ValueError(f"model: {loaded.name} has no classifier, so there is no class score to explain")
-    return loaded
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # on "meta" there are none
-        return probe.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"model: {loaded.name} has no classifier, so there is no class score to explain; "
+            f"DINO_DAAM_Visualization_oneSample.py explains such models"
+        )
+    if options.target is None:
+        return loaded, None
+    return loaded, find_class(str(options.target), loaded.class_names, loaded.model.num_classes)
 
 
 def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, options: argparse.Namespace) -> None:
     """Explain one photo, print its classes and write its results to `folder`-<class>."""
     photo = read_image(file)
-    device = next(loaded.model.parameters()).device
-    images = loaded.transform(photo).unsqueeze(0).to(device)
+    images = loaded.transform(photo).unsqueeze(0)
     flow = attention_flow(loaded.model, images, target, norm=options.norm)
 
-    scores, index = flow.output[0].float(), flow.target.item()
+    scores = flow.output[0].float()
     probabilities = scores.softmax(0)
 
     def describe(k: int) -> dict:
         name = loaded.class_names[k] if loaded.class_names else f"class {k}"
         return {"index": k, "name": name, "score": scores[k].item(), "probability": probabilities[k].item()}
 
+    def row(c: dict) -> tuple[int, str, str]:
+        return c["index"], c["name"], f"{c['probability']:6.1%}"
+
     top5 = [describe(k) for k in scores.topk(min(5, len(scores))).indices.tolist()]
-    explained = describe(index)
-    short_name = explained["name"].split(", ")[0]
-    manifest = {
-        "method": "Dynamic Accumulated Attention Map",
-        "model": loaded.name,
-        "checkpoint": loaded.checkpoint and {"file": loaded.checkpoint.name, "sha256": sha256(loaded.checkpoint)},
-        "image": {"file": str(file), "sha256": sha256(file), "width": photo.width, "height": photo.height},
-        "target": explained | {"requested": options.target},
-        "top5": top5,
-        "input_size": list(images.shape[1:]),
-        "num_prefix_tokens": loaded.model.num_prefix_tokens,
-        "settings": {"norm": options.norm, "size": options.size, "duration": options.duration, "device": str(device)},
-        "versions": {"python": platform.python_version()} | {name: sys.modules[name].__version__ for name in PACKAGES},
-    }
-    if options.size == "model":
-        photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
-    elif options.size != "image":
-        photo = ImageOps.contain(photo, (options.size, options.size), Image.Resampling.BICUBIC)
-    folder = folder.with_name(f"{folder.name}-{file_name(short_name)}")
-    caption = f"{short_name}: {explained['probability']:.1%}\n{loaded.name}"
-    if index != top5[0]["index"]:
-        caption += f"\npredicted: {top5[0]['name'].split(', ')[0]} {top5[0]['probability']:.1%}"
-    tqdm.write("\n".join([f"{file}", *(f"  {c['probability']:6.1%}  {c['index']:>4}  {c['name']}" for c in top5)]))
-    if photo.width * photo.height > LARGE:
-        tqdm.write(f"  frames of {photo.width} x {photo.height} pixels take a while; --size 1024 is faster")
-    save_flow(folder, photo, flow, caption=caption, manifest=manifest, duration=options.duration)
-    tqdm.write(f"  explained: {index} {short_name} -> {folder / 'flow.gif'}")
-
-
-def file_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._") or "_"
-
-
-def result_names(files: list[Path]) -> list[str]:
-    """A name for the results of every file: its stem; where that is taken its full name, that with its folder's, ..."""
-    names: dict[str, Path] = {}
-    for file in files:
-        stem, full = file_name(file.stem), file_name(file.name)
-        folder = file_name(f"{file.absolute().parent.name}_{file.name}")
-        candidates = chain([stem, full, folder], (f"{folder}_{n}" for n in count(2)))
-        names[next(name for name in candidates if name not in names)] = file
-    return list(names)
-
-
-@cache
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    explained = describe(flow.target.item())
+    told = manifest(file, photo, images, loaded, options, target=explained | {"requested": options.target}, top5=top5)
+    tqdm.write(f"{file}")
+    save_result(folder, flow, photo, loaded, options, [row(c) for c in top5], row(explained), told)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
-    failures = 0
-
-    def failed(error: Exception) -> None:
-        nonlocal failures
-        failures += 1
-        tqdm.write(f"error: {error}", file=sys.stderr)
-
-    files: list[Path] = []
-    for path in options.image:
-        try:
-            files += find_images(path)
-        except ValueError as error:
-            failed(error)
-    files = list(dict.fromkeys(files))
-    if not files:
-        return 2
-    try:
-        loaded = load_model(options)
-        target = None
-        if options.target is not None:
-            target = find_class(str(options.target), loaded.class_names, loaded.model.num_classes)
-    except ValueError as error:
-        failed(error)
-        return 2
-
-    names = result_names(files)
-    for file, name in tqdm(zip(files, names), total=len(files), unit="image", disable=len(files) == 1):
-        try:
-            explain(file, Path(options.output_dir, file_name(loaded.name), name), loaded, target, options)
-        except UnsupportedModel as error:
-            failed(error)
-            break
-        except (ValueError, OSError) as error:
-            failed(error)
-    return 2 if failures else 0
+    return explain_photos(parse_options(arguments), prepare, explain)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -497,6 +497,7 @@ def save_flow(
     caption: str = "",
     manifest: dict | None = None,
     duration: int = 400,
+    pictures: dict[str, Image.Image] | None = None,
 ) -> Path:
     """Write the flow of one image as a folder.
 
@@ -516,6 +517,7 @@ def save_flow(
         caption: a few lines for the sheet.
         manifest: what else belongs into flow.json, ready for `json.dump`.
         duration: milliseconds a frame.
+        pictures: more pictures for the folder, by file name.
 
     Returns:
         The folder.
@@ -534,6 +536,8 @@ def save_flow(
         for b, frame in enumerate(frames, 1):
             frame.save(part / "frames" / f"block_{b:02d}.png")
         sheet(image, frames, caption).save(part / "sheet.png")
+        for name, picture in (pictures or {}).items():
+            picture.save(part / name)
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
         (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)

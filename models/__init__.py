@@ -11,6 +11,7 @@ Every error is a `ValueError` of one line that names the argument and the way ou
 from __future__ import annotations
 
 import difflib
+import hashlib
 import http.client
 import json
 import pickle
@@ -22,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import safetensors
@@ -60,6 +62,15 @@ class LoadedModel:
     """One name a class, synonyms separated by ", "; None where they are not known."""
     checkpoint: Path | None
     """The file that the weights came from."""
+
+    @cached_property
+    def provenance(self) -> dict[str, str] | None:
+        """Name and hash of the checkpoint, for manifests; None where the weights came from no file."""
+        return self.checkpoint and {"file": self.checkpoint.name, "sha256": sha256(self.checkpoint)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """`(B, D)`: timm's `pre_logits` of images `(B, 3, H, W)`, what a classifier would read."""
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
 
 
 def load(
@@ -105,6 +116,24 @@ def load(
     return LoadedModel(name, model.eval().to(device), transform, tuple(size), class_names, checkpoint)
 
 
+def sha256(path: str | Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of the names and values of all weights: the same for the same weights from a file of another format."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def embedded_names() -> list[str]:
     """The models that lie in the repository."""
     return sorted(file.stem for file in EMBEDDED.glob("*.safetensors"))
@@ -120,7 +149,7 @@ def find_class(name: str, class_names: list[str] | None, num_classes: int) -> in
     if re.fullmatch(r"-?[0-9]+", name.strip()):
         if 0 <= int(name) < num_classes:
             return int(name)
-        raise ValueError(f"target: class {name} is out of range; the model has {num_classes} classes, from 0 on")
+        raise ValueError(f"target: class {name} is out of range; there are {num_classes} classes, from 0 on")
     if class_names is None:
         raise ValueError(f"target: the class names of this model are not known; give the index of {name!r}")
 

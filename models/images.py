@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -20,14 +21,18 @@ def find_images(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        known = Image.registered_extensions()
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+        files = sorted(p for p in path.iterdir() if looks_like_image(p.name) and p.is_file())
         if not files:
             raise ValueError(f"image: the folder {path} has no images")
         return files
     if not path.exists():
         raise ValueError(f"image: there is no file {path}")
     return [path]
+
+
+def looks_like_image(name: str) -> bool:
+    """By its extension, one that Pillow opens; hidden files are none."""
+    return name[0] != "." and Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in Image.OPEN
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -49,7 +54,7 @@ def read_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError:
         reason = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
         raise ValueError(f"image: {path} {reason}") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow's decoders raise all of them
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise ValueError(f"image: {path} {reason}") from None
     if min(image.size) < SMALLEST:

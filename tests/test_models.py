@@ -230,7 +230,7 @@ def test_find_class(name, index):
         ("taby", NAMES, "no class is called 'taby'; near names: tabby"),
         ("cat", NAMES, "near names: .*tabby cat"),
         ("xylophone", NAMES, "no class is called 'xylophone'; give an index"),
-        ("5", NAMES, "class 5 is out of range; the model has 5 classes, from 0 on"),
+        ("5", NAMES, "class 5 is out of range; there are 5 classes, from 0 on"),
         ("-1", NAMES, "class -1 is out of range"),
         ("--1", NAMES, "no class is called '--1'"),
         ("²", NAMES, "no class is called '²'"),

@@ -170,7 +170,7 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
         (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
         (["--image", "empty"], ["image: the folder empty has no images"]),
         (["--target", "dgo"], ["target: no class is called 'dgo'; near names: dog"]),
-        (["--target", "3"], ["target: class 3 is out of range; the model has 3 classes"]),
+        (["--target", "3"], ["target: class 3 is out of range; there are 3 classes"]),
         (["--device", "abacus"], ["device: 'abacus' cannot be used"]),
         (["--device", "meta"], ["device: 'meta' cannot be used"]),
         (["--checkpoint", "gone.pth"], ["checkpoint: there is no file gone.pth"]),
