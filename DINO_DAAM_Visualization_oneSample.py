@@ -1,0 +1,263 @@
+"""Dynamic Accumulated Attention Map of a self-supervised Vision Transformer, for one photo, several, or a folder.
+
+    python DINO_DAAM_Visualization_oneSample.py
+    python DINO_DAAM_Visualization_oneSample.py --image photo.jpg --bank memorybank/mine --target "wild cat"
+
+Without a classifier there is no class score. The nearest neighbours of the photo in a memory bank of labelled features
+vote on its class, and say how much every dimension of its feature speaks for that class; this importance is sent back.
+
+Edit the constants or give the options of the same names. For every photo the script prints the vote and writes
+OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, neighbours.png, maps.npz and flow.json.
+Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import timm
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from daam_core import attention_flow
+from memorybank import COLDEST, MemoryBank, Vote
+from models import LoadedModel, WeightsUnavailable, embedded_names, find_class, load, weights_sha256
+from models.command_line import (
+    explain_photos,
+    file_name,
+    find_device,
+    flow_options,
+    going_on,
+    load_named,
+    manifest,
+    number,
+    run,
+    save_result,
+)
+from models.images import read_image
+
+HERE = Path(__file__).parent
+
+# What to explain: a file, or a folder of images.
+IMAGE = HERE / ".img" / "coffee.png"
+
+# The model: any timm Vision Transformer whose feature is the class token (its weights are fetched by timm), or the
+# embedded "vit_small_patch14_selfsupervised". Where the default or its bank cannot be had, the embedded pair steps in.
+MODEL = "vit_small_patch8_224.dino"
+
+# A local file of weights for MODEL (.safetensors, .pth), or None. For the default MODEL, the file that the authors of
+# DINO publish is taken where it is there: pretrainedmodels/dino_deitsmall8_pretrain.pth.
+CHECKPOINT = None
+
+# The memory bank: a folder made by `python -m memorybank build` or by DINO's eval_knn.py; where no model is named, it
+# decides which one. None: the bank of the model, memorybank/DINO/ImageNet2012/<model>/.
+BANK = None
+
+# How many neighbours vote, and the temperature of their votes.
+K, TEMPERATURE = 20, 0.07
+
+# The class to explain: an index, a name ("wild cat"), or None for the predicted class of every photo.
+TARGET = None
+
+# A class that is named is explained by its neighbours among so many.
+TARGET_K = 200
+
+# Where the results go.
+OUTPUT_DIR = "results"
+
+# "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+DEVICE = "auto"
+
+# Min-max normalise the map of every block before it is accumulated (off in the paper).
+NORM = False
+
+# Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
+# the longer side in pixels (large photos make large GIFs).
+SIZE = "image"
+
+# Milliseconds a frame of the GIF; the last one stays three times as long.
+DURATION = 400
+
+# Not to be edited: the MODEL that is replaced where its weights or its bank cannot be had, and by what.
+DEFAULT, FALLBACK = "vit_small_patch8_224.dino", "vit_small_patch14_selfsupervised"
+PUBLISHED = HERE / "pretrainedmodels" / "dino_deitsmall8_pretrain.pth"
+BANKS, EMBEDDED_BANK = HERE / "memorybank" / "DINO" / "ImageNet2012", HERE / "memorybank" / "embedded"
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = flow_options(
+        __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
+        device=DEVICE, norm=NORM, size=SIZE, duration=DURATION,
+    )  # fmt: skip
+    add, count, shown = parser.add_argument, number(int, 1, 10**9), "(default: %(default)s)"
+    add("--bank", metavar="DIR", default=BANK, help="the memory bank (default: the one that belongs to the model)")
+    add("--k", type=count, metavar="N", default=str(K), help=f"neighbours that vote {shown}")
+    add(
+        "--temperature",
+        type=number(float, COLDEST, 100),
+        metavar="T",
+        default=str(TEMPERATURE),
+        help=f"of votes {shown}",
+    )
+    add("--target-k", type=count, metavar="N", default=str(TARGET_K),
+        help=f"neighbours among which a named class is looked for {shown}")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int | None]:
+    """The model and its bank, or the embedded pair in place of a default that is not there; the class to explain."""
+    if options.checkpoint is not None or getattr(options, "model", MODEL) != DEFAULT:
+        loaded = load_named(options, MODEL)
+        bank = MemoryBank.load(options.bank or find_bank(loaded.name))
+    elif options.bank is not None:
+        bank = MemoryBank.load(options.bank)
+        loaded = load_of_bank(bank, options)
+    else:
+        loaded, bank = default_pair(options)
+    bank.check_model(loaded.name, loaded.model.head_hidden_size, weights_sha256(loaded.model))
+    if options.k > len(bank.labels):
+        raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}")
+    if options.target is None:
+        return loaded, bank, None
+    return loaded, bank, find_class(str(options.target), bank.class_names, bank.num_classes)
+
+
+def load_of_bank(bank: MemoryBank, options: argparse.Namespace) -> LoadedModel:
+    """The model that a bank names; DINO's where it names none, or where the options name it."""
+    name = getattr(options, "model", bank.metadata.get("model", DEFAULT))
+    if not (timm.is_model(name) or name in embedded_names()):
+        file = (bank.metadata.get("checkpoint") or {}).get("file", name)
+        raise ValueError(f"checkpoint: the bank {options.bank} was built with {file}; give it with --checkpoint")
+    return load_unnamed(name, options)
+
+
+def default_pair(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank]:
+    """DINO's ViT-S/8 and its bank; where one of them is not to be had, the embedded pair and a line on stderr, unless
+    the options name DINO's."""
+    place = find_bank(DEFAULT)
+    try:
+        if not (place / "trainfeat.pth").is_file():
+            raise WeightsUnavailable(f"there is no memory bank {place.relative_to(HERE)}")
+        return load_unnamed(DEFAULT, options), MemoryBank.load(place)
+    except WeightsUnavailable as error:
+        if hasattr(options, "model"):
+            raise
+        going_on(error, f"{FALLBACK} and its bank")
+        return load_unnamed(FALLBACK, options), MemoryBank.load(EMBEDDED_BANK)
+
+
+def load_unnamed(name: str, options: argparse.Namespace) -> LoadedModel:
+    """A model without --checkpoint; the file that DINO's authors publish is taken where it is there."""
+    published = PUBLISHED if name == DEFAULT and PUBLISHED.is_file() else None
+    return load(name, published, find_device(options.device))
+
+
+def find_bank(model: str) -> Path:
+    return EMBEDDED_BANK if model == FALLBACK else BANKS / file_name(model)
+
+
+def explain(
+    file: Path, folder: Path, loaded: LoadedModel, bank: MemoryBank, target: int | None, options: argparse.Namespace
+) -> None:
+    """Explain one photo, print the vote on its class and write its results to `folder`-<class>."""
+    photo = read_image(file)
+    images = loaded.transform(photo).unsqueeze(0)
+    asked = options.k if target is None else min(max(options.k, options.target_k), len(bank.labels))
+    vote = wide = None
+
+    def importance(features: Tensor) -> Tensor:
+        nonlocal vote, wide
+        similarities, rows = bank.nearest(features, asked)  # the bank is read once
+        vote = bank.vote(similarities[:, : options.k], rows[:, : options.k], options.temperature)
+        wide = bank.vote(similarities, rows, options.temperature)
+        return bank.importance_of(features, wide, vote.prediction if target is None else target)
+
+    flow = attention_flow(loaded.model, images, importance=importance, norm=options.norm)
+    votes, labels = vote.votes[0], vote.labels[0]
+
+    def describe(k: int) -> dict:
+        share = (votes[k] / votes.sum()).item()
+        return {"index": k, "name": bank.class_name(k), "vote": share, "neighbours": (labels == k).sum().item()}
+
+    def row(c: dict) -> tuple[int, str, str]:
+        return c["index"], c["name"], f"{c['vote']:6.1%} of the votes, {c['neighbours']:>2} of {len(labels)} neighbours"
+
+    top5 = [describe(k) for k in votes.topk(min(5, len(labels.unique()))).indices.tolist()]
+    explained = describe(vote.prediction.item() if target is None else target)
+    neighbours = [n for n in describe_neighbours(bank, wide) if target is None or n["index"] == target]
+    short_name = explained["name"].split(", ")[0]
+    same = sum(n["index"] == explained["index"] for n in neighbours)
+    headline = f"{same} of the {asked} nearest neighbours are {short_name}"
+    told = manifest(
+        file, photo, images, loaded, options,
+        target=explained | {"requested": options.target},
+        top5=top5,
+        bank={
+            "folder": str(bank.directory), "features": len(bank.labels), "k": options.k,
+            "temperature": options.temperature, "target_k": options.target_k,
+        },
+        neighbours=neighbours,
+    )  # fmt: skip
+    pictures = {"neighbours.png": draw_neighbours(photo, headline, neighbours, explained["index"])}
+    tqdm.write(f"{file}")
+    save_result(folder, flow, photo, loaded, options, [row(c) for c in top5], row(explained), told, pictures)
+
+
+def describe_neighbours(bank: MemoryBank, vote: Vote) -> list[dict]:
+    """Of the first image, for flow.json: row in the bank, class, similarity and, where it is known, the file."""
+    rows = zip(vote.neighbours[0].tolist(), vote.labels[0].tolist(), vote.similarities[0].tolist())
+    return [
+        {"row": row, "index": label, "name": bank.class_name(label), "similarity": similarity}
+        | ({"file": str(bank.file(row))} if bank.files else {})
+        for row, label, similarity in rows
+    ]
+
+
+def draw_neighbours(
+    photo: Image.Image, headline: str, neighbours: list[dict], explained: int, columns: int = 5, most: int = 40
+) -> Image.Image:
+    """The photo, and beside it its neighbours: their pictures where the files are there, else their names. Those of the
+    explained class have a green frame."""
+    side, gap, line, left = 150, 10, 22, 320
+    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
+    neighbours = neighbours[:most]
+    rows = -(-len(neighbours) // columns)
+    query = ImageOps.contain(photo, (left, left), Image.Resampling.LANCZOS)
+    top = 2 * gap + line
+    height = top + max(query.height + gap, rows * (side + line + gap))
+    page = Image.new("RGB", (left + columns * (side + gap) + 2 * gap, height), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap), headline, "black", font)
+    page.paste(query, (gap, top))
+
+    def fit(text: str, width: int) -> str:
+        while small.getlength(text) > width:
+            text = text.rstrip("…")[:-1] + "…"
+        return text
+
+    for i, neighbour in enumerate(neighbours):
+        x = left + 2 * gap + i % columns * (side + gap)
+        y = top + i // columns * (side + line + gap)
+        name, cosine = neighbour["name"].split(", ")[0], f"{neighbour['similarity']:.2f}"
+        tile = Image.new("RGB", (side, side), "whitesmoke")
+        try:
+            picture = ImageOps.contain(read_image(neighbour.get("file", "")), (side, side), Image.Resampling.LANCZOS)
+            tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        except ValueError:  # not known, or not there any more
+            ImageDraw.Draw(tile).text((side / 2, side / 2), fit(name, side - 12), "black", small, anchor="mm")
+        page.paste(tile, (x, y))
+        colour = "limegreen" if neighbour["index"] == explained else "silver"
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
+        draw.text((x, y + side + 3), fit(name, side - 40), "black", small)
+        draw.text((x + side, y + side + 3), cosine, "black", small, anchor="ra")
+    return page
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return explain_photos(parse_options(arguments), prepare, explain)
+
+
+if __name__ == "__main__":
+    run(main)

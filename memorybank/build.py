@@ -1,0 +1,363 @@
+"""Build a memory bank from an image folder, in one process or under `torchrun`, and go on where a build was killed.
+
+The images are cut into batches that depend on nothing but their list, and every batch becomes one file in the folder
+`.building` of the bank, renamed to its name when it is whole. The ranks share the batches that are missing, so that the
+result does not depend on how many ranks there are, nor on how often they were killed. At the end the first rank joins
+the parts and moves the files to their names, `bank.json` last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from daam_core import whole_file
+from models import LoadedModel, weights_sha256
+from models.command_line import versions
+from models.images import looks_like_image, read_image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+def build(
+    loaded: LoadedModel,
+    train: str | Path,
+    out: str | Path,
+    test: str | Path | None = None,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    workers: int = WORKERS,
+    strict: bool = False,
+) -> dict:
+    """Forward every image, L2-normalise its feature and store it (Wu et al. 2018, https://arxiv.org/abs/1805.01978).
+
+    Args:
+        loaded: from `models.load`, on the device that computes; its feature is what timm calls `pre_logits`.
+        train: an image folder, one sub-folder a class; the names of the classes are those of the folders.
+        out: the folder of the bank; an older bank there is replaced at the end. Under `torchrun` all machines share it.
+        test: another image folder, for the evaluation; its classes are among those of `train`.
+        dtype: "float16" or "float32", of the stored features.
+        batch_size: images a batch; a killed build loses no more than the batches it was working on.
+        workers: processes that decode, for each rank.
+        strict: raise at the first image that cannot be read, instead of leaving it out.
+
+    Returns:
+        What bank.json says; nothing, `{}`, on all ranks but the first.
+
+    Raises:
+        ValueError: when a folder has no images, an image cannot be read and `strict` is set, a feature is not finite,
+            a class of `test` is unknown, `out` holds the parts of another build, or another one is at work there.
+    """
+    out = Path(out)
+    folders = {"train": Path(train)} | ({"test": Path(test)} if test else {})
+    found = {split: find_classes(folder, split) for split, folder in folders.items()}
+    classes = {name: index for index, name in enumerate(found["train"])}
+    unknown = [name for name in found.get("test", {}) if name not in classes]
+    if unknown:
+        raise ValueError(f"test: the class {unknown[0]!r} is not among the sub-folders of {train}")
+    items = {
+        split: [(file, classes[name]) for name, files in of_class.items() for file in files]
+        for split, of_class in found.items()
+    }
+    plan = {
+        "model": loaded.name,
+        "weights_sha256": weights_sha256(loaded.model),
+        "transform": " ".join(str(loaded.transform).split()),
+        "dtype": dtype,
+        "batch_size": batch_size,
+    } | {split: _digest(folders[split], files) for split, files in items.items()}
+    parts = out / ".building"
+    with _one_of_several() as (rank, ranks), ExitStack() as stack:
+        if rank == 0:
+            _begin(parts, plan, stack)
+        _barrier()
+        _check_plan(parts, plan)
+        unreadable = {}
+        for split, files in items.items():
+            batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
+            missing = _agreed([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
+            if rank == 0 and 0 < len(missing) < len(batches):
+                done = len(files) - sum(len(batches[n]) for n in missing)
+                tqdm.write(f"{split}: going on after {done} of {len(files)} images", file=sys.stderr)
+            work = {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
+            _extract(loaded, [file for file, _ in files], work, split, dtype, workers, strict)
+            _barrier()
+            if rank == 0:
+                unreadable[split] = _join(parts, split, files, len(batches), strict)
+        bank = {}
+        if rank == 0:
+            bank = _finish(out, parts, plan, loaded, folders, items, unreadable, list(classes))
+        _barrier()
+    return bank
+
+
+def find_classes(folder: Path, split: str) -> dict[str, list[Path]]:
+    """The images of every class: sub-folders with their own sub-folders, both sorted by name; hidden ones and those
+    without images are left out.
+
+    Raises:
+        ValueError: when the folder does not exist or no sub-folder has an image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{split}: there is no folder {folder}")
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    classes = {}
+    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+        files = []
+        for root, below, names in os.walk(sub, onerror=fail):
+            below[:] = [name for name in below if name[0] != "."]
+            files += [Path(root, name) for name in names if looks_like_image(name)]
+        if files:
+            classes[sub.name] = sorted(files)
+    if not classes:
+        raise ValueError(f"{split}: {folder} has no images; it should have one sub-folder a class, with its images")
+    return classes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Images(Dataset):
+    """Index -> (index, picture `(3, H, W)`, reason); a picture that cannot be read is black and has a reason."""
+
+    def __init__(self, files: list[Path], transform):
+        self.files, self.transform = files, transform
+        self.black = torch.zeros_like(transform(Image.new("RGB", (32, 32))))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str]:
+        try:
+            return i, self.transform(read_image(self.files[i])), ""
+        except ValueError as error:
+            return i, self.black, str(error).removeprefix("image: ")
+
+
+@torch.inference_mode()
+def _extract(
+    loaded: LoadedModel,
+    files: list[Path],
+    work: dict[Path, range],
+    split: str,
+    dtype: str,
+    workers: int,
+    strict: bool,
+) -> None:
+    """Write the parts of these batches: features, and which images could not be read and why."""
+    device = next(loaded.model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else the thread that pins memory opens the first GPU, too
+    images, total = _Images(files, loaded.transform), sum(map(len, work.values()))
+    loader = DataLoader(
+        images, batch_sampler=list(work.values()), num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    rank, ranks = _rank()
+    label = split if ranks == 1 else f"{split}, rank {rank} of {ranks}"
+    with tqdm(total=total, desc=label, unit="img", disable=rank > 0 or not total) as bar:
+        for part, (index, batch, reasons) in zip(work, loader):
+            unreadable = {i: reason for i, reason in zip(index.tolist(), reasons) if reason}
+            if unreadable and strict:
+                raise ValueError(f"{split}: {next(iter(unreadable.values()))}")
+            features = F.normalize(loaded.features(batch.to(device, non_blocking=True)).float(), dim=1)
+            finite = features.isfinite().all(1).tolist()
+            if not all(finite):
+                file = files[index[finite.index(False)]]
+                raise ValueError(f"model: the feature of {file} is not finite; look for NaN in the weights")
+            with whole_file(part) as whole:
+                torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, whole)
+            bar.update(len(index))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
+    """Take the folder of the parts for this process, and write the plan of a new build."""
+    parts.mkdir(parents=True, exist_ok=True)
+    if fcntl:
+        folder = os.open(parts, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another build is at work in {parts}") from None
+    if not (parts / "plan.json").is_file():
+        for left in parts.iterdir():  # a build that was killed while it cleaned up
+            left.unlink()
+        with whole_file(parts / "plan.json") as part:
+            part.write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _check_plan(parts: Path, plan: dict) -> None:
+    """Make sure that this rank has the images and the settings of the build that the parts belong to."""
+    try:
+        theirs = json.loads((parts / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"out: {parts} is not there; all machines must share the folder of the bank") from None
+    different = [key for key in plan | theirs if plan.get(key) != theirs.get(key)]
+    if different:
+        raise ValueError(
+            f"out: {parts} holds a build that was not finished, of another {', '.join(different)}; "
+            f"delete that folder, or give another one"
+        )
+
+
+def _part(parts: Path, split: str, batch: int) -> Path:
+    return parts / f"{split}-{batch:06d}.pt"
+
+
+def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, strict: bool) -> dict[int, str]:
+    """Parts -> the pair of files of the split, still in the folder of the parts; the images that could not be read."""
+    unreadable: dict[int, str] = {}
+    features, first, kept, with_gaps = torch.empty(0), 0, 0, []
+    for n in range(batches):
+        path = _part(parts, split, n)
+        try:
+            part = torch.load(path, weights_only=True)
+        except Exception as error:  # a power cut: the file was renamed, its content not yet on the disk
+            path.unlink(missing_ok=True)
+            raise ValueError(f"out: {path} was damaged and is deleted; run the same command again") from error
+        rows = part["features"]
+        if part["unreadable"]:
+            unreadable |= part["unreadable"]
+            with_gaps.append(path)
+            rows = rows[[first + i not in part["unreadable"] for i in range(len(rows))]]
+        if n == 0:
+            features = rows.new_empty(len(files), rows.shape[1])
+        features[kept : kept + len(rows)] = rows
+        first, kept = first + len(part["features"]), kept + len(rows)
+    if unreadable and (strict or not kept):
+        for path in with_gaps:  # to be tried again when somebody has repaired the images
+            path.unlink()
+        reason = next(iter(unreadable.values()))
+        raise ValueError(
+            f"{split}: {reason}" if kept else f"{split}: none of the {len(files)} images can be read: {reason}"
+        )
+    labels = torch.tensor([label for i, (_, label) in enumerate(files) if i not in unreadable])
+    for name, tensor in (("feat", features[:kept].clone() if unreadable else features), ("labels", labels)):
+        with open(parts / f"{split}{name}.pth", "wb") as file:
+            torch.save(tensor, file)
+    return unreadable
+
+
+def _finish(
+    out: Path,
+    parts: Path,
+    plan: dict,
+    loaded: LoadedModel,
+    folders: dict[str, Path],
+    items: dict[str, list[tuple[Path, int]]],
+    unreadable: dict[str, dict[int, str]],
+    classes: list[str],
+) -> dict:
+    """Move the pairs to their names and write bank.json."""
+    names = dict(zip(ImageNetInfo().label_names(), ImageNetInfo().label_descriptions()))
+    bank = {
+        "model": loaded.name,
+        "checkpoint": loaded.provenance,
+        "weights_sha256": plan["weights_sha256"],
+        "transform": plan["transform"],
+        "input_size": [3, *loaded.size],
+        "dtype": plan["dtype"],
+        "class_names": [names[c] for c in classes] if all(c in names for c in classes) else classes,
+        "versions": versions("torch", "torchvision", "timm", "numpy", "PIL"),
+    }
+    for split, files in items.items():
+        folder = folders[split]
+        bank[split] = {
+            "count": len(files) - len(unreadable[split]),
+            "folder": str(folder) if folder.is_absolute() else Path(os.path.relpath(folder, out)).as_posix(),
+            "files": [_relative(f, folder) for i, (f, _) in enumerate(files) if i not in unreadable[split]],
+            "unreadable": {_relative(files[i][0], folder): reason for i, reason in unreadable[split].items()},
+        }
+    pairs = [f"{split}{kind}.pth" for split in ("train", "test") for kind in ("feat", "labels")]
+    for name in ("bank.json", *pairs):  # of an older bank: never the features of one beside the labels of another
+        (out / name).unlink(missing_ok=True)
+    for name in pairs:
+        if (parts / name).is_file():
+            os.replace(parts / name, out / name)
+    with whole_file(out / "bank.json") as part:
+        part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII: file names of any kind
+    (parts / "plan.json").unlink()  # first: parts without a plan belong to nobody
+    shutil.rmtree(parts)
+    return bank
+
+
+def _digest(folder: Path, files: list[tuple[Path, int]]) -> str:
+    """Of the names and sizes of the images."""
+
+    def size(file: Path) -> int:
+        return file.stat().st_size if file.exists() else -1  # a link to nothing
+
+    lines = (f"{_relative(file, folder)} {size(file)}" for file, _ in files)
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _one_of_several() -> Iterator[tuple[int, int]]:
+    """Rank and number of ranks; joins the process group that `torchrun` describes in the environment."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # lists of parts only; a rank may wait for hours
+    try:
+        yield _rank()
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+def _rank() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _agreed(value: list) -> list:
+    """What the first rank has."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+    return value

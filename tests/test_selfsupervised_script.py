@@ -1,0 +1,246 @@
+"""The self-supervised script from end to end, as a subprocess, without network."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from test_memorybank import TINY, rows, write_bank
+from test_script import ROOT, no_leftovers, offline, one_line_error  # noqa: F401
+
+from daam_core import attention_flow
+from memorybank import MemoryBank
+from memorybank.build import build
+from models import load
+from models.images import read_image
+
+SCRIPT = "DINO_DAAM_Visualization_oneSample.py"
+EMBEDDED = "vit_small_patch14_selfsupervised"
+BANK = ROOT / "memorybank" / "embedded"
+LIME = (50, 205, 50)
+
+
+def run(*options, env, root=ROOT, script=SCRIPT, **more):
+    command = [sys.executable, root / script, *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    arguments = TINY | {"num_classes": 3}  # a classifier, too: the script leaves it alone
+    state = timm.create_model("vit_tiny_patch16_224", **arguments).state_dict()
+    metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(arguments)}
+    safetensors.torch.save_file(state, file, metadata)
+    return file
+
+
+@pytest.fixture(scope="module")
+def own_bank(weights, tmp_path_factory):
+    """A bank of 24 pictures, a third of them crops of the photo that is explained."""
+    folder = tmp_path_factory.mktemp("own")
+    photo, rng = Image.open(ROOT / ".img" / "coffee.png"), np.random.default_rng(0)
+    for n in range(8):
+        for name in ("coffee", "noise", "grey"):
+            (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
+            picture = photo.crop((5 * n, 5 * n, 600 - 5 * n, 400 - 5 * n))
+            if name == "noise":
+                picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+            elif name == "grey":
+                picture = Image.new("RGB", (40, 30), (100 + n, 100, 100))
+            picture.save(folder / "photos" / name / f"{n}.png")
+    build(load(None, weights), folder / "photos", folder / "bank", workers=0)
+    return folder
+
+
+def results(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
+    result = run("--output-dir", tmp_path, env=offline, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    reason = "there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"
+    assert result.stderr.splitlines() == [f"{reason}; going on with the embedded {EMBEDDED} and its bank"]
+    printed = result.stdout.splitlines()
+    assert printed[0].endswith("coffee.png")
+    assert re.search(r"^ +[0-9.]+% of the votes, [ 0-9]+ of 20 neighbours +[0-9]+  cup$", printed[1])
+
+    folder = tmp_path / EMBEDDED / "coffee-cup"
+    frames = {f"frames/block_{b:02d}.png" for b in range(1, 13)}
+    assert results(folder) == {"flow.gif", "flow.json", "maps.npz", "sheet.png", "neighbours.png"} | frames
+    assert no_leftovers(tmp_path)
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.n_frames == 12 and gif.size == (600, 400)
+
+    flow, maps = json.loads((folder / "flow.json").read_text()), np.load(folder / "maps.npz")
+    bank, loaded = MemoryBank.load(BANK), load(EMBEDDED)
+    images = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
+    with torch.no_grad():
+        feature = loaded.features(images)
+    expected = attention_flow(loaded.model, images, importance=bank.importance(feature))
+    np.testing.assert_allclose(
+        maps["accumulated"], expected.accumulated[0], atol=1e-4 * float(expected.accumulated.max())
+    )
+    np.testing.assert_allclose(maps["output"], feature[0], atol=1e-4)
+    vote = bank.classify(feature)
+    assert [n["row"] for n in flow["neighbours"]] == vote.neighbours[0].tolist()
+    assert flow["target"] == flow["top5"][0] | {"requested": None} and flow["target"]["name"] == "cup"
+    assert flow["target"]["vote"] == pytest.approx(float(vote.votes.max() / vote.votes.sum()), abs=1e-4)
+    assert sum(c["neighbours"] for c in flow["top5"]) <= 20 == len(flow["neighbours"])
+    file = ROOT / "pretrainedmodels" / f"{EMBEDDED}.safetensors"
+    assert flow["checkpoint"] == {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert flow["bank"] == {
+        "folder": str(BANK), "features": len(bank.labels), "k": 20, "temperature": 0.07, "target_k": 200,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the repository without the big files."""
+    root = tmp_path / "repository"
+    for name in ("models", "memorybank", ".img"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "embedded", "*.gif"))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, root)
+    (root / "pretrainedmodels").mkdir()
+    return root
+
+
+def published_bank(root):
+    """The four files as DINO's eval_knn.py writes them: float32, 1000 classes, no bank.json."""
+    folder = root / "memorybank" / "DINO" / "ImageNet2012" / "vit_small_patch8_224.dino"
+    write_bank(folder, rows(2000, 384), torch.arange(2000) % 1000)
+    return write_bank(folder, rows(10, 384, seed=1), torch.arange(10), "test")
+
+
+def test_the_published_checkpoint_and_bank_are_found(offline, repository, tmp_path):  # noqa: F811
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch8_224.dino").eval()
+    teacher = {f"module.backbone.{name}": value for name, value in model.state_dict().items()}
+    teacher |= {"module.head.mlp.0.weight": torch.zeros(3, 3), "module.head.last_layer.weight_g": torch.zeros(3)}
+    torch.save({"student": {}, "teacher": teacher}, repository / "pretrainedmodels" / "dino_deitsmall8_pretrain.pth")
+    folder = published_bank(repository)
+    result = run(
+        "--output-dir", tmp_path / "out", "--image", ".img/flower.jpg", env=offline, root=repository, cwd=repository
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    made = next((tmp_path / "out" / "vit_small_patch8_224.dino").iterdir())
+    flow, maps = json.loads((made / "flow.json").read_text()), np.load(made / "maps.npz")
+    assert maps["block_maps"].shape == (12, 28, 28) and flow["checkpoint"]["file"] == "dino_deitsmall8_pretrain.pth"
+
+    bank = MemoryBank.load(folder)
+    images = load(
+        "vit_small_patch8_224.dino", repository / "pretrainedmodels" / "dino_deitsmall8_pretrain.pth"
+    ).transform(read_image(ROOT / ".img" / "flower.jpg"))[None]
+    expected = attention_flow(model, images, importance=bank.importance)
+    np.testing.assert_allclose(
+        maps["accumulated"], expected.accumulated[0], atol=1e-4 * float(expected.accumulated.max())
+    )
+    c = bank.classify(expected.output).prediction.item()
+    assert flow["target"]["index"] == c and flow["target"]["name"] == bank.class_names[c]
+    with Image.open(made / "neighbours.png") as picture:  # no files: the names of the 20 are written
+        assert picture.size[1] > 4 * 150 and LIME in {colour for _, colour in picture.getcolors(1 << 20)}
+
+
+def test_a_bank_without_weights(offline, repository, tmp_path):  # noqa: F811
+    """The default's bank is there, but neither its weights nor a hub."""
+    published_bank(repository)
+    shutil.copytree(BANK, repository / "memorybank" / "embedded")
+    (repository / "pretrainedmodels" / f"{EMBEDDED}.safetensors").symlink_to(
+        ROOT / "pretrainedmodels" / f"{EMBEDDED}.safetensors"
+    )
+    result = run("--output-dir", tmp_path / "out", env=offline, root=repository)
+    assert result.returncode == 0, result.stderr
+    reason = "the weights of vit_small_patch8_224.dino are not cached and http://127.0.0.1:9 cannot be reached"
+    assert result.stderr.splitlines() == [f"{reason}; going on with the embedded {EMBEDDED} and its bank"]
+    assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
+
+
+def test_a_bank_of_ones_own(offline, weights, own_bank, tmp_path):  # noqa: F811
+    options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--k", 8, "--output-dir", tmp_path]
+    result = run(*options, env=offline)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "tiny" / "coffee-coffee"
+    flow = json.loads((folder / "flow.json").read_text())
+    assert flow["target"] == {"index": 0, "name": "coffee", "vote": 1, "neighbours": 8, "requested": None}
+    assert {Path(n["file"]).parent for n in flow["neighbours"]} == {own_bank / "photos" / "coffee"}
+    assert {"neighbours.png", "sheet.png", "frames/block_02.png"} <= results(folder)
+    with Image.open(folder / "neighbours.png") as page:
+        tile = np.asarray(page.crop((345, 70, 485, 160)), float)  # inside the first picture
+        nearest = Image.open(flow["neighbours"][0]["file"]).resize((150, 100), Image.Resampling.LANCZOS)
+    assert np.abs(tile - np.asarray(nearest.crop((5, 3, 145, 93)), float)).mean() < 12
+
+    result = run(*options, "--target", "Noise", "--target-k", 24, env=offline)
+    assert result.returncode == 0, result.stderr
+    named = json.loads((tmp_path / "tiny" / "coffee-noise" / "flow.json").read_text())
+    assert named["target"]["name"] == "noise" and named["top5"][0]["name"] == "coffee"
+    assert [n["name"] for n in named["neighbours"]] == ["noise"] * 8
+    maps = [np.load(tmp_path / "tiny" / f"coffee-{name}" / "maps.npz") for name in ("coffee", "noise")]
+    assert not np.allclose(maps[0]["accumulated"], maps[1]["accumulated"])
+    np.testing.assert_allclose(maps[0]["output"], maps[1]["output"], rtol=1e-5)
+
+
+def test_the_bank_says_which_model(offline, tmp_path):  # noqa: F811
+    bank = shutil.copytree(BANK, tmp_path / "mine")
+    options = ["--bank", bank, "--target", "cup", "--size", "model", "--output-dir", tmp_path / "out"]
+    result = run(*options, env=offline)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["--bank", "gone"], ["bank: there is no folder gone; build one: python -m memorybank build"]),
+        (["--bank", "other"], ["features of width 5, those of tiny have 48; build one with it"]),
+        (["--bank", "wrong"], ["was built with the model somebody's, not with tiny"]),
+        (["--k", "25"], ["k: the bank has 24 features, got 25"]),
+        (["--k", "0"], ["--k: expected 1 to"]),
+        (["--temperature", "0"], ["--temperature: expected 0.02 to 100, got 0"]),
+        (["--target", "nois"], ["target: no class is called 'nois'; near names: noise"]),
+        (["--target", "3"], ["target: class 3 is out of range; there are 3 classes"]),
+        (["--target", "noise", "--k", "2", "--target-k", "2"],
+         ["target: none of the 2 nearest neighbours is of the class noise; they are 2 coffee"]),
+        (["--model", "xcit_nano_12_p16_224", "--checkpoint", "xcit.pth", "--bank", "wide"],
+         ["model: Xcit is not built like a timm VisionTransformer"]),
+        (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
+        (["--model", "vit_small_patch8_224.dino", "--bank", "wrong", "--checkpoint", None],
+         ["model: the weights of vit_small_patch8_224.dino are not cached"]),
+        (["--model", "vit_small_patch8_224.dino", "--bank", None, "--checkpoint", None],
+         ["there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"]),
+        (["--checkpoint", None, "--bank", "wrong"],
+         ["checkpoint: the bank wrong was built with mine.pth; give it with --checkpoint"]),
+        (["--checkpoint", None, "--bank", "gone"], ["bank: there is no folder gone"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if value[0].startswith("--") else "",
+)  # fmt: skip
+def test_bad_options(offline, weights, own_bank, tmp_path, options, texts):  # noqa: F811
+    write_bank(tmp_path / "other", rows(30, 5), torch.zeros(30).long())
+    write_bank(tmp_path / "wrong", rows(30, 48), torch.zeros(30).long(), model="somebody's",
+               checkpoint={"file": "mine.pth"}, weights_sha256="1")  # fmt: skip
+    if "xcit.pth" in options:
+        torch.save(timm.create_model("xcit_nano_12_p16_224", num_classes=0).state_dict(), tmp_path / "xcit.pth")
+        write_bank(tmp_path / "wide", rows(30, 128), torch.zeros(30).long())
+    given = {"--checkpoint": weights, "--bank": own_bank / "bank", "--k": 8} | dict(zip(options[::2], options[1::2]))
+    words = [word for name, value in given.items() if value is not None for word in (name, value)]
+    one_line_error(run(*words, "--output-dir", "out", env=offline, cwd=tmp_path), *texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_supervised_script_names_this_one(offline, tmp_path):  # noqa: F811
+    result = run(
+        "--model", EMBEDDED, env=os.environ | offline, script="VIT_DynamicAccumulatedAttentionMap_oneSample.py"
+    )
+    one_line_error(result, "has no classifier", f"{SCRIPT} explains such models")
