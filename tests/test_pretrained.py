@@ -1,5 +1,6 @@
-"""The embedded classifier, and the script that made it."""
+"""The embedded models and the embedded bank, and the scripts that made them."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,8 @@ import torch
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from models import load
+from memorybank import MemoryBank, read_pair
+from models import load, weights_sha256
 from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +25,18 @@ SCRIPT = ROOT / "pretrainedmodels" / "train_caltech101.py"
 sys.path.insert(0, str(SCRIPT.parent))
 from train_caltech101 import backbone_from_onnx, split  # noqa: E402
 
+BACKBONE = ROOT / "pretrainedmodels" / "vit_small_patch14_selfsupervised.safetensors"
+BANK = ROOT / "memorybank" / "embedded"
+
 
 @pytest.fixture(scope="module")
 def embedded():
     return load("vit_small_patch14_caltech101")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load("vit_small_patch14_selfsupervised"), MemoryBank.load(BANK)
 
 
 def test_the_file(embedded):
@@ -61,7 +71,66 @@ def test_it_knows_the_photos(embedded, photo, classes):
     assert embedded.class_names[scores.argmax()] in classes
 
 
-# The training script --------------------------------------------------------------------------------------------------
+# The self-supervised pair ---------------------------------------------------------------------------------------------
+
+
+def test_the_backbone(pair):
+    with safetensors.safe_open(BACKBONE, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert not [key for key in file.keys() if key.startswith("head")]  # noqa: SIM118
+    loaded, bank = pair
+    assert BACKBONE.stat().st_size < 46_000_000 and loaded.model.num_classes == 0 and loaded.size == (224, 224)
+    bank.check_model(loaded.name, loaded.model.head_hidden_size, weights_sha256(loaded.model))
+    for card in (BACKBONE.with_suffix(".md"), BANK / "README.md"):
+        assert "@@" not in card.read_text(encoding="utf-8")
+
+
+def test_the_first_blocks_are_those_of_the_classifier(pair, embedded):
+    """Both began with the same frozen blocks; the last four were trained."""
+    ours, theirs = pair[0].model.state_dict(), embedded.model.state_dict()
+    same = {name for name, value in ours.items() if torch.equal(value, theirs[name])}
+    trained = {
+        name for name in ours if name.startswith(("norm.", "blocks.8.", "blocks.9.", "blocks.10.", "blocks.11."))
+    }
+    assert same.isdisjoint(name for name in trained if name.endswith("weight")) and same >= ours.keys() - trained
+
+
+def test_the_bank_holds_the_training_photos(pair, embedded):
+    _, bank = pair
+    assert bank.class_names == embedded.class_names and bank.features.shape == (7465, 384)
+    assert bank.features.dtype == torch.float16 and (BANK / "trainfeat.pth").stat().st_size < 6_000_000
+    held_out = set((FILE.parent / "caltech101_held_out.txt").read_text().split("\n"))
+    assert len(set(bank.files)) == 7465 and not set(bank.files) & held_out
+    assert [bank.class_names[label] for label in bank.labels] == [file.split("/")[0] for file in bank.files]
+    features, labels = read_pair(BANK, "test")
+    assert len(features) == 1212 and torch.equal(labels.bincount(), torch.full((101,), 12))
+
+
+def test_the_accuracy_of_the_card(pair):
+    """k = 20, T = 0.07, the stored features of the held-out photos against those of the training photos."""
+    features, labels = read_pair(BANK, "test")
+    right = (pair[1].classify(features.float()).prediction == labels).float()
+    accuracy = (torch.bincount(labels, right) / torch.bincount(labels)).mean().item()
+    said = re.search(r"\*\*([\d.]+) %\*\*", BACKBONE.with_suffix(".md").read_text(encoding="utf-8"))[1]
+    assert f"{100 * accuracy:.1f}" == said
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes"),
+    [
+        ("coffee.png", {"cup"}),
+        ("motorcycle_left.png", {"Motorbikes"}),
+        ("flower.jpg", {"sunflower", "water_lilly", "lotus"}),
+    ],
+)
+@torch.inference_mode()
+def test_its_neighbours_know_the_photos(pair, photo, classes):
+    loaded, bank = pair
+    vote = bank.classify(loaded.features(loaded.transform(read_image(ROOT / ".img" / photo)).unsqueeze(0)))
+    assert bank.class_names[vote.prediction] in classes
+
+
+# The training scripts -------------------------------------------------------------------------------------------------
 
 
 def export(backbone, path):
@@ -147,6 +216,29 @@ def test_the_training_script_resumes_and_ends_with_a_model_that_loads(work):
     loaded = load(None, folder / "model.safetensors")
     assert loaded.class_names == ["A", "b", "c"] and loaded.model.num_classes == 3
     assert len((folder / "caltech101_held_out.txt").read_text().splitlines()) == 36
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "goes on after epoch 2" in again.stdout and "epoch 1/2" not in again.stdout
+
+
+def test_the_selfsupervised_script_resumes_and_ends_with_a_model_that_loads(work):
+    folder, backbone = work
+    command = [
+        sys.executable, SCRIPT.with_name("train_selfsupervised.py"), "--data", folder / "photos", "--onnx",
+        folder / "backbone.onnx", "--work", folder / "ssl", "--out", folder / "ssl.safetensors", "--views", "2",
+        "--view-size", "42", "--keep", "4", "--epochs", "2", "--alone", "1", "--batch", "3", "--queue", "6",
+        "--looked-at", "4", "--workers", "0", "--device", "cpu",
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    assert "at the start: leave-one-out k-NN" in first.stdout and "epoch 2/2: loss" in first.stdout
+    loaded = load(None, folder / "ssl.safetensors")
+    assert loaded.model.num_classes == 0 and loaded.size == (224, 224)
+    state = loaded.model.state_dict()
+    assert torch.equal(state["blocks.7.attn.qkv.weight"], backbone["blocks.7.attn.qkv.weight"].half().float())
+    assert not torch.equal(state["blocks.8.attn.qkv.weight"], backbone["blocks.8.attn.qkv.weight"].half().float())
+    assert len(list((folder / "ssl" / "train").rglob("*.jpg"))) == 6
+    assert all(link.is_file() for link in (folder / "ssl" / "held_out").rglob("*.jpg"))
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "goes on after epoch 2" in again.stdout and "epoch 1/2" not in again.stdout

