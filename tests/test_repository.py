@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPT = "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
+SCRIPTS = ("VIT_DynamicAccumulatedAttentionMap_oneSample.py", "DINO_DAAM_Visualization_oneSample.py")
 
 
 def block(name):
@@ -35,6 +36,10 @@ def place(tmp_path_factory):
     shutil.copytree(ROOT / ".img", folder / ".img")
     for name in ("photo.jpg", "photos/a.jpg"):
         shutil.copy(ROOT / ".img" / "flower.jpg", folder / name)
+    for n in range(24):  # for a bank, one sub-folder a class
+        place = folder / "photos" / ("red", "green")[n % 2] / f"{n}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (200 * (1 - n % 2), 200 * (n % 2), 8 * n)).save(place)
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=5).state_dict()}, folder / "mine.pth")
     return folder
@@ -49,13 +54,14 @@ def run(command, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("line", block("options").splitlines())
+@pytest.mark.parametrize("line", "\n".join(map(block, ("options", "self-supervised", "bank"))).splitlines())
 def test_commands_with_options(line, place):
+    """In their order: the bank is built before it is asked."""
     program, script, *options = shlex.split(line)
-    assert program == "python" and script == SCRIPT
-    result = run([sys.executable, ROOT / SCRIPT, *options], place)
+    assert program == "python" and script in (*SCRIPTS, "-m")
+    result = run([sys.executable, *([ROOT / script] if script in SCRIPTS else [script]), *options], place)
     assert result.returncode == 0, result.stderr
-    if "--help" not in options:
+    if script in SCRIPTS and "--help" not in options:
         assert (place / result.stdout.splitlines()[-1].split(" -> ")[1]).is_file()
 
 
@@ -67,7 +73,10 @@ def test_api_example(place):
 
 
 def test_links_and_pictures_exist():
-    for page in (ROOT / "README.md", *(ROOT / "pretrainedmodels").glob("*.md"), ROOT / ".img" / "README.md"):
+    for page in (
+        ROOT / "README.md",
+        *(p for d in ("pretrainedmodels", "memorybank", ".img") for p in (ROOT / d).rglob("*.md")),
+    ):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith(("http://", "https://")) or (page.parent / target).exists(), (
                 f"{page.name}: {target}"
@@ -95,7 +104,8 @@ def test_python_files_do_nothing_when_imported(tmp_path):
     code = (
         "import random, sys, threading, numpy, torch\n"
         "state = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1]\n"
-        "import daam_core, models, models.images, VIT_DynamicAccumulatedAttentionMap_oneSample\n"
+        "import daam_core, models, models.images, models.command_line, memorybank, memorybank.build\n"
+        "import VIT_DynamicAccumulatedAttentionMap_oneSample, DINO_DAAM_Visualization_oneSample\n"
         "assert state[0] == random.getstate() and torch.equal(state[1], torch.get_rng_state())\n"
         "assert (state[2] == numpy.random.get_state()[1]).all() and threading.active_count() == 1\n"
     )
