@@ -54,7 +54,7 @@ def run(command, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("line", "\n".join(map(block, ("options", "self-supervised", "bank"))).splitlines())
+@pytest.mark.parametrize("line", "".join(map(block, ("options", "self-supervised", "bank"))).splitlines())
 def test_commands_with_options(line, place):
     """In their order: the bank is built before it is asked."""
     program, script, *options = shlex.split(line)
