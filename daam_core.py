@@ -20,10 +20,15 @@ which the first P are prefix tokens, head width d, C = H * d, patch grid h x w):
 Y is the class score and w = ReLU; or, for a model without classifier, the gradient pushed back from the feature is a
 vector of dimension-wise importance and w = identity.
 
-How it is computed: while the model runs, a `TorchFunctionMode` sees every `scaled_dot_product_attention` with its q, k
-and v (after every norm, bias and rotation) and its output, which is T for all tokens. One backward, for activations
-only, brings dY/dT_b; L_b is computed the moment it arrives, from k, v (kept by the graph anyway) and the class token's
-row of q. No N x N matrix and no (B, N, C) map is made, attention stays fused, and the model is left as it was.
+How it is computed: a function of the model's family says in which modules the class token attends to the patches (the
+sites). While the model runs, a `TorchFunctionMode` sees the attention inside them: q, k and v of the fused
+`scaled_dot_product_attention` (after every norm, bias and rotation), or the matrix that multiplies v where a model
+computes it in the open; and T for all tokens. One backward, for activations only, brings dY/dT_b; L_b is computed the
+moment it arrives, from what the graph keeps anyway and the class token's row of q. Fused attention stays fused, no
+(B, N, C) map is made, and the model is left as it was. At every site sum_j S_b[j] == T_b is checked.
+
+Sections: the flow, the attention that is watched, the families of models (one function and one row of a table each),
+checks of arguments, pictures, files.
 """
 
 from __future__ import annotations
@@ -33,10 +38,13 @@ import math
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import cv2
 import numpy as np
@@ -51,6 +59,8 @@ __all__ = [
     "UnsupportedModel",
     "attention_flow",
     "block_labels",
+    "features",
+    "num_classes",
     "overlay",
     "render",
     "save_flow",
@@ -81,142 +91,155 @@ class AttentionFlow:
     """`(B, K)` class scores (logits), or the `(B, D)` features when `importance` was given; in the model's dtype."""
     target: Tensor | None
     """`(B,)` explained class indices, int64; None when `importance` was given."""
+    rows: str = "class"
+    """As given: "class", or "patches" for the all-rows form."""
+    decomposed: str = ""
+    """What the frames are, in words: "class token, 12 blocks", "class token, 2 class-attention blocks", ..."""
+    num_prefix_tokens: int = 1
+    """P, at the first site."""
 
 
 def attention_flow(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | dict[str, Tensor],
     target: int | Sequence[int] | Tensor | None = None,
     importance: Tensor | Callable[[Tensor], Tensor] | None = None,
     norm: bool = False,
+    rows: str = "class",
 ) -> AttentionFlow:
     """Decompose the class token in every block of a Vision Transformer, weight the maps and accumulate them.
 
     Args:
-        model: a timm `VisionTransformer` (or a model with its attributes) whose head reads the class token. It runs in
-            eval mode and is given back as it was, also after an exception. Threads may explain several models at once,
-            or share one that is in eval mode.
+        model: a Vision Transformer of timm, torchvision or transformers (the families are listed in `_FAMILIES`), or
+            any other one that has a class token, patches from a convolution, and nothing else among its tokens. It runs
+            in eval mode and is given back as it was, also after an exception. Threads may explain several models at
+            once, or share one that is in eval mode (not one with timm's differential attention).
         images: `(B, 3, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
+            NaFlexVit also takes the dict of timm's collator, with `patches`, `patch_coord` and `patch_valid`: maps of
+            images with different grids then share the largest height and width, zero outside of their own.
         target: the class to explain: None for each image's predicted class, one index for all, or one per image.
-        importance: explains the feature (timm's `pre_logits`, `(B, D)`) instead of a class score: a `(D,)` or `(B, D)`
-            tensor, or a callable that makes one of the features. Models without a classifier need it.
+        importance: explains the feature (`features(model, images)`, `(B, D)`) instead of a class score: a `(D,)` or
+            `(B, D)` tensor, or a callable that makes one of the features. Models without a classifier need it.
         norm: min-max normalise every L_b, image by image, before it is added to the flow.
+        rows: "class" is the method of the paper: the row of the class token. "patches" is another one, for models whose
+            score reads the mean of the patch tokens: L_b[j] = ReLU(sum_c V[j]_c (A^T w(C))[j]_c) with all rows of the
+            attention matrix A and of C = dY/dT; with w = identity it is V * dY/dV.
 
     Returns:
-        An `AttentionFlow`, one map a block for every image.
+        An `AttentionFlow`, one map a block for every image. In models with patch grids of several sizes every map is
+        brought to the finest one, bilinearly and so that its sum is kept.
 
     Raises:
-        UnsupportedModel: a `ValueError`, when the model has no class token, its head does not read it, or its attention
-            cannot be seen.
+        UnsupportedModel: a `ValueError`, when the model has no class token, its score does not read it alone, or its
+            attention cannot be seen.
         ValueError: when `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the eager module there
-    grid = _patch_grid(model, images)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    images = images.to(parameter.device, parameter.dtype)
-    if importance is None and getattr(model, "num_classes", None) == 0:
-        raise ValueError("importance: the model has no classifier (num_classes=0); give the importance of its features")
+    if rows not in ("class", "patches"):
+        raise ValueError(f"rows: expected 'class' or 'patches', got {rows!r}")
     if importance is not None and target is not None:
         raise ValueError("target: cannot be explained together with importance; give one of the two")
+    plan = _plan(model, images, rows == "patches")
+    if importance is None and num_classes(model) == 0:
+        raise ValueError("importance: the model has no classifier; give the importance of its features")
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    images = _to(images, parameter)
     w = torch.relu if importance is None else lambda c: c
 
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
-        with _AttentionWatch(model.num_prefix_tokens + math.prod(grid), w) as watch:
-            if importance is None:
-                output = model(images)
-            else:
-                output = model.forward_head(model.forward_features(images), pre_logits=True)
-        _check_forward(model, watch.calls, output)
+        with _watched(plan, w) as watch:
+            output = _scores(model, images) if importance is None else features(model, images)
+        if plan is None:
+            plan = _plan_of_calls(model, images, watch)
+        _check_forward(model, plan, watch.calls, output)
         if importance is None:
             target = _class_indices(target, output)
             seed = F.one_hot(target, output.shape[1]).to(output)
         else:
             seed = _importance_weights(importance, output.detach())
         torch.autograd.grad(output, watch.leaves, seed, allow_unused=True)
-    if watch.calls[-1].class_token_unread:
-        raise UnsupportedModel(
-            f"model: the score of {type(model).__name__} does not read the class token of the last block; "
-            f"use a model whose head reads it (timm: global_pool='token')"
-        )
+    _check_backward(model, rows, watch.calls)
 
-    patches = slice(model.num_prefix_tokens, None)
-    block_maps = torch.stack([call.map[:, patches].unflatten(1, grid) for call in watch.calls], dim=1)
+    size = max((site.grid for frame in plan.frames for site in frame), key=math.prod)
+    maps = {id(call.site): _on_grid(call.map, call.site, size) for call in watch.calls}
+    block_maps = torch.stack([sum(maps[id(site)] for site in frame) for frame in plan.frames], dim=1)
     summands = _min_max(block_maps) if norm else block_maps
-    return AttentionFlow(block_maps, summands.cumsum(1), output.detach(), target)
+    prefix = plan.frames[0][0].prefix
+    return AttentionFlow(block_maps, summands.cumsum(1), output.detach(), target, rows, plan.decomposed, prefix)
 
 
-class _AttentionWatch(TorchFunctionMode):
-    """Sees every attention over the whole sequence of tokens that the current thread computes inside the `with`.
-
-    Parameters reach every function detached, so that the graph holds what the activations need and no more. It begins
-    at the output of the first attention, which becomes a leaf.
-    """
-
-    def __init__(self, num_tokens: int, w: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.num_tokens, self.w = num_tokens, w
-        self.calls: list[_Attention] = []
-        self.leaves: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        args = [a.detach() if isinstance(a, nn.Parameter) else a for a in args]
-        kwargs = {k: a.detach() if isinstance(a, nn.Parameter) else a for k, a in (kwargs or {}).items()}
-        output = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            call = _Attention(self.w, *args, **kwargs)
-            if call.query.ndim == 4 and call.query.shape[-2] == call.key.shape[-2] == self.num_tokens:
-                if not self.leaves or not output.requires_grad:
-                    output = output.detach().requires_grad_()
-                    self.leaves.append(output)
-                output.register_hook(call.receive)
-                self.calls.append(call)
-        return output
+def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
+    """`(B, D)`: what the classifier reads, timm's `pre_logits`; where there is none, the class token at the end."""
+    library = _library(model)
+    if library == "timm" and isinstance(images, dict):
+        return model.forward_head(**model.forward_features(**images), pre_logits=True)
+    if library == "timm":
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+    head = getattr(model, {"torchvision": "heads", "transformers": "classifier"}.get(library, ""), None)
+    if isinstance(head, nn.Module):
+        seen = []
+        with _hooks([(head.register_forward_pre_hook, lambda module, args: seen.append(args[0]))]):
+            _scores(model, images)
+        return seen[0]
+    if library == "transformers":
+        backbone = model.base_model if num_classes(model) else model
+        return backbone(images, return_dict=True).last_hidden_state[:, 0]
+    return model(images)
 
 
-class _Attention:
-    """One call of `scaled_dot_product_attention`, built from its arguments; q, k, v are `(B, H, N, d)`.
+def num_classes(model: nn.Module) -> int | None:
+    """The width of its classifier, 0 where it has none, None where that is not known."""
+    library = _library(model)
+    if library == "torchvision" and hasattr(model, "heads"):
+        return next((m.out_features for m in reversed(list(model.heads.modules())) if isinstance(m, nn.Linear)), 0)
+    if library == "transformers":
+        return model.config.num_labels if hasattr(model, "classifier") or hasattr(model, "cls_classifier") else 0
+    return getattr(model, "num_classes", None)
 
-    `map` `(B, N)` float32 is L_b over all tokens, as soon as `receive` has run.
-    """
 
-    def __init__(
-        self, w, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
-        self.w, self.mask, self.is_causal = w, attn_mask, is_causal
-        self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-        self.map = query.new_zeros(query.shape[0], query.shape[-2], dtype=torch.float32)  # stays so where Y ignores T
-        self.class_token_unread = True
+def _scores(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
+    output = model(images, return_dict=True) if _library(model) == "transformers" else model(images)
+    return getattr(output, "logits", output)
 
-    def class_row(self) -> Tensor:
-        """a_b, `(B, H, N)` float32: how the class token's attention is spread over all tokens; sums to one."""
-        key = self.key.repeat_interleave(self.groups, -3) if self.groups > 1 else self.key
-        logits = (key.float() @ self.query[..., 0, :, None].float()).squeeze(-1) * self.scale  # (B, H, N)
-        if self.mask is not None:
-            row = self.mask[..., 0, :].detach()
-            logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row.float()
-        if self.is_causal:
-            logits[..., 1:] = -torch.inf
-        return logits.softmax(-1)
 
-    def receive(self, gradient: Tensor) -> None:
-        """The hook: turns dY/dT `(B, H, N, d)` into `map` and lets q, k and v go."""
-        coefficients = gradient[..., 0, :]  # C_b (B, H, d)
-        self.class_token_unread = ~coefficients.any() & gradient.any()
-        with torch.autocast(gradient.device.type, enabled=False):
-            value = self.value.repeat_interleave(self.groups, -3) if self.groups > 1 else self.value
-            weights = self.w(coefficients.float()).unsqueeze(-1)  # w(C_b) (B, H, d, 1)
-            weighted = (value.float() @ weights).squeeze(-1)  # sum_d w(C)_d V_jd (B, H, N)
-            self.map = (self.class_row() * weighted).sum(1).relu()
-        del self.query, self.key, self.value, self.mask
+def _library(model: nn.Module) -> str:
+    """Whose class the model is, or is derived from: "timm", "torchvision", "transformers" or ""."""
+    libraries = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
+    return next((name for name in libraries if name in ("timm", "torchvision", "transformers")), "")
+
+
+def _to(images: Tensor | dict[str, Tensor], parameter: Tensor) -> Tensor | dict[str, Tensor]:
+    """On the device of the parameter and, where it is floating point, in its dtype."""
+    if isinstance(images, dict):
+        return {name: _to(tensor, parameter) for name, tensor in images.items()}
+    return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+
+
+def _on_grid(tokens: Tensor, site: _Site, size: tuple[int, int]) -> Tensor:
+    """A map over the keys of a site, `(B, N)` -> `(B, h, w)`; a coarser grid is stretched, its sum is kept."""
+    tokens = tokens[:, site.prefix :]
+    if site.cells is not None:
+        return tokens.new_zeros(len(tokens), math.prod(site.grid)).scatter_add(1, site.cells, tokens).unflatten(1, size)
+    grid = tokens.unflatten(1, site.grid)
+    if site.grid == size:
+        return grid
+    share = math.prod(site.grid) / math.prod(size)
+    return F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0] * share
+
+
+def _min_max(maps: Tensor) -> Tensor:
+    """Every `(h, w)` map stretched to 0..1; a flat one becomes zero."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1)
 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without timm's checkpointing (its second forward would not be watched); every flag is put back."""
+    """Eval mode; without timm's checkpointing, whose second forward would not be watched, and with timm's differential
+    attention as one matrix instead of the difference of two fused calls. Every flag is put back."""
     flags = [(m, name) for m in model.modules() for name in ("training", "grad_checkpointing") if m.__dict__.get(name)]
+    flags += [(m, "fused_attn") for m in model.modules() if type(m).__name__.startswith("Diff") and m.fused_attn]
     try:
         for module, name in flags:
             setattr(module, name, False)
@@ -226,39 +249,520 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             setattr(module, name, True)
 
 
-def _min_max(maps: Tensor) -> Tensor:
-    """Every `(h, w)` map stretched to 0..1; a flat one becomes zero."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / torch.where(high > low, high - low, 1)
+@contextmanager
+def _hooks(hooks: Sequence[tuple[Callable, Callable]]) -> Iterator[None]:
+    """Hooks of modules, as (how to register, what to call), that only the current thread triggers."""
+    thread = threading.get_ident()
+
+    def here(call):
+        return lambda *args: call(*args) if threading.get_ident() == thread else None
+
+    handles = []
+    try:
+        for register, call in hooks:
+            handles.append(register(here(call)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What can be explained, and what cannot
+# The attention that is watched
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """`(h, w)` of the patch grid; refuses models and images for which the decomposition is not defined."""
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """A module that computes one attention, in which tokens that lead to the score attend to the patches."""
+
+    module: nn.Module
+    grid: tuple[int, int]
+    """`(h, w)` of the patches among its keys."""
+    prefix: int = 1
+    """Keys before the patches."""
+    queries: int | None = 1
+    """How many queries, the first ones, lead to the score; None: all (`rows="patches"`)."""
+    cells: Tensor | None = None
+    """`(B, n)` int64: where in the flattened grid each patch lies; None: patch after patch, row by row."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where a model is decomposed."""
+
+    frames: list[list[_Site]]
+    """The sites of every frame of the flow; their maps are added."""
+    decomposed: str
+    """See `AttentionFlow`."""
+
+
+@contextmanager
+def _watched(plan: _Plan | None, w: Callable[[Tensor], Tensor]) -> Iterator[_AttentionWatch]:
+    """Sees the attention at the sites of the plan; without a plan, every attention."""
+    watch = _AttentionWatch(w)
+    sites = [site for frame in plan.frames for site in frame] if plan else []
+    if plan is None:
+        watch.site = _Site(nn.Identity(), (0, 0))
+    hooks = []
+    for site in sites:
+        hooks.append((site.module.register_forward_pre_hook, partial(watch.enter, site)))
+        hooks.append((site.module.register_forward_hook, watch.leave))
+    with _hooks(hooks), watch:
+        yield watch
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Sees the attention that the current thread computes at a site while the `with` lasts.
+
+    Parameters reach every function detached, so that the graph holds what the activations need and no more. It begins
+    at the output of the first attention, which becomes a leaf.
+    """
+
+    def __init__(self, w: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.w = w
+        self.site: _Site | None = None
+        self.softmax_done = False
+        self.calls: list[_Attention] = []
+        self.leaves: list[Tensor] = []
+        self.grid: tuple[int, int] | None = None
+        """Size of the last convolution's output before the first attention."""
+
+    def enter(self, site: _Site, module: nn.Module, args: tuple) -> None:
+        self.site, self.softmax_done = site, False
+
+    def leave(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.site = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args = [a.detach() if isinstance(a, nn.Parameter) else a for a in args]
+        kwargs = {k: a.detach() if isinstance(a, nn.Parameter) else a for k, a in (kwargs or {}).items()}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention_forward(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is F.conv2d and not self.calls and output.ndim == 4:
+            self.grid = tuple(output.shape[2:])
+        if self.site is None:
+            return output
+        if func in _SOFTMAX:
+            self.softmax_done = True
+        elif func is F.scaled_dot_product_attention:
+            output = self.record(_FusedAttention(self.site, self.w, output, *args, **kwargs), output)
+        elif func in _MATMUL and self.softmax_done and args[0].ndim == 4:  # the first one after the softmax is A V
+            self.softmax_done = False
+            output = self.record(_OpenAttention(self.site, self.w, output, *args), output)
+        return output
+
+    def record(self, call: _Attention, output: Tensor) -> Tensor:
+        if not self.leaves or not output.requires_grad:
+            output = output.detach().requires_grad_()
+            self.leaves.append(output)
+        output.register_hook(call.receive)
+        self.calls.append(call)
+        return output
+
+
+_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+# `nn.MultiheadAttention` computes in a function that modes may replace as a whole, and does not see into; this is its
+# body without that way out.
+_multi_head_attention_forward = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    vars(F) | {"has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+class _Attention:
+    """One attention T = A V, with v `(B, H', N, d)`; H' < H where several heads share their values.
+
+    `receive` is the hook of T. It computes `map` `(B, N)` float32, which is L_b over all keys; `remainder`, the largest
+    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, to which queries a gradient came.
+    """
+
+    def __init__(self, site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, value: Tensor):
+        self.site, self.w = site, w
+        self.first = slice(site.queries or 1)  # the queries of the identity, and of the class form
+        self.output, self.value = output.detach()[..., self.first, :].clone(), value.detach()
+        self.shape, self.dtype = (
+            (output.shape[0], output.shape[-2], value.shape[-2]),
+            output.dtype,
+        )  # B, queries M, keys N
+        self.map = value.new_zeros(self.shape[0], self.shape[2], dtype=torch.float32)  # stays so where Y ignores T
+        self.remainder = self.read = None
+
+    def spread(self) -> Tensor:
+        """A of the first queries, `(B, H, Q, N)` float32."""
+        raise NotImplementedError
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """A^T of a gradient with respect to T: `(B, H, M, d)` -> `(B, H', N, d)`, float32."""
+        raise NotImplementedError
+
+    def receive(self, gradient: Tensor) -> None:
+        with torch.autocast(gradient.device.type, enabled=False):
+            value, spread = self.value.float(), self.spread()
+            heads = _for_heads(value, spread.shape[1])
+            error = (spread @ heads - self.output.float()).abs().max()
+            self.remainder = error / self.output.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            self.read = gradient.ne(0).any(-1).flatten(0, -2).any(0)
+            if self.site.queries is None:
+                weighted = value * self.pull(self.w(gradient.float()))  # V[j] (A^T w(C))[j]
+                self.map = weighted.sum((1, 3)).relu()
+            else:
+                weights = self.w(gradient[..., self.first, :].float())  # w(C_b) (B, H, Q, d)
+                self.map = (spread * (weights @ heads.transpose(-2, -1))).sum((1, 2)).relu()
+        self.forget()
+
+    def forget(self) -> None:
+        del self.output, self.value
+
+
+class _FusedAttention(_Attention):
+    """A call of `scaled_dot_product_attention`, from its arguments."""
+
+    def __init__(
+        self, site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+        enable_gqa=False,
+    ):  # fmt: skip
+        super().__init__(site, w, output, value)
+        self.query, self.key, self.mask = query.detach(), key.detach(), attn_mask
+        self.options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+
+    def spread(self) -> Tensor:
+        query = self.query[..., self.first, :].float()
+        key = _for_heads(self.key, query.shape[1]).float()
+        scale = query.shape[-1] ** -0.5 if self.options["scale"] is None else self.options["scale"]
+        logits = (query @ key.transpose(-2, -1)) * scale  # (B, H, Q, N)
+        if self.mask is not None:
+            mask = self.mask.detach()[..., self.first, :]
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+        if self.options["is_causal"]:
+            later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(later, -torch.inf)
+        return logits.softmax(-1)
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """The gradient of the fused attention with respect to v, so that no N x N matrix is made."""
+        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.detach().float()
+        with torch.enable_grad():
+            value = self.value.float().requires_grad_()
+            output = F.scaled_dot_product_attention(
+                self.query.float(), self.key.float(), value, attn_mask=mask, **self.options
+            )
+            return torch.autograd.grad(output, value, gradient)[0]
+
+    def forget(self) -> None:
+        super().forget()
+        del self.query, self.key, self.mask
+
+
+def _for_heads(shared: Tensor, heads: int) -> Tensor:
+    """`(B, H', N, d)` -> `(B, H, N, d)`: keys or values that groups of heads share, once for every head."""
+    return shared if shared.shape[1] == heads else shared.repeat_interleave(heads // shared.shape[1], 1)
+
+
+class _OpenAttention(_Attention):
+    """A V, where a model computes the matrix A `(B, H, M, N)` itself."""
+
+    def __init__(self, site, w, output, matrix, value):
+        super().__init__(site, w, output, value)
+        self.matrix = matrix.detach()
+
+    def spread(self) -> Tensor:
+        return self.matrix[..., self.first, :].float()
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        return self.matrix.float().transpose(-2, -1) @ gradient
+
+    def forget(self) -> None:
+        super().forget()
+        del self.matrix
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The families of models: where the class token attends to the patches
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# A family is a function (model, images, all_rows) -> _Plan and a row of `_FAMILIES`. It names the modules; what their
+# attention does is seen while the model runs, and held against the plan by `_check_forward` and `_check_backward`: one
+# attention a site, the expected number of keys, sum_j S_b[j] == T_b, a score that reads no other queries.
+
+
+def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | None:
+    """The plan of the model's family; None where the family is not known, and only the run can tell."""
     name = type(model).__name__
-    if getattr(model, "cls_token", None) is None:
+    names = [f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__]
+    for reason, refused in _REFUSED.items():
+        if any(name in refused for name in names):
+            raise UnsupportedModel(f"model: {name} {reason}")
+    family = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+    if all_rows and family not in _ALL_ROWS:
         raise UnsupportedModel(
-            f"model: {name} has no class token; DAAM needs a Vision Transformer whose score reads one"
+            f"rows: 'patches' is not defined for {name}, only where every block attends from all tokens to all"
         )
-    if getattr(model, "dist_token", None) is not None:
-        raise UnsupportedModel(
-            f"model: the score of {name} reads two tokens, class and distillation; use one without the latter"
+    if family is not None and not all_rows and _library(model) == "timm":
+        _check_pool(model, family)
+    if family is not _naflex or not isinstance(images, dict):
+        _check_images(images)
+    if family is None:
+        return None
+    plan = family(model, images, all_rows)
+    if all_rows:
+        frames = [[replace(site, queries=None) for site in frame] for frame in plan.frames]
+        plan = _Plan(frames, f"all tokens (rows='patches'), {len(frames)} blocks")
+    return plan
+
+
+def _vision_transformer(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos: row 0 of every block, or the attention pool."""
+    return _blocks_and_pool(model, _grid_of(model.patch_embed, images), all_rows)
+
+
+def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor], all_rows: bool) -> _Plan:
+    """timm's NaFlexVit: a batch of images, or patches with their places in grids of several sizes."""
+    if not isinstance(images, dict):
+        return _blocks_and_pool(model, _grid_of(model.embeds, images), all_rows)
+    missing = [name for name in ("patches", "patch_coord", "patch_valid") if name not in images]
+    if missing:
+        raise ValueError(
+            f"images: a dict for NaFlexVit needs patches, patch_coord and patch_valid; {missing[0]} is missing"
         )
-    parts = all(hasattr(model, part) for part in ("patch_embed", "num_prefix_tokens", "blocks", "forward_head"))
-    if not parts or not all(hasattr(model.patch_embed, part) for part in ("feat_ratio", "dynamic_feat_size")):
+    y, x = images["patch_coord"].long().unbind(-1)
+    size = int(y.max()) + 1, int(x.max()) + 1
+    parameter = next(model.parameters())
+    return _blocks_and_pool(model, size, all_rows, cells=(y * size[1] + x).to(parameter.device))
+
+
+def _blocks_and_pool(model: nn.Module, grid: tuple[int, int], all_rows: bool, cells: Tensor | None = None) -> _Plan:
+    site = partial(_Site, grid=grid, cells=cells)
+    frames = []
+    for block in model.blocks:
+        # several attentions side by side (ParallelThingsBlock), one, or one that the block computes (ParallelScaling)
+        modules = [a.attn for a in block.attns] if hasattr(block, "attns") else [getattr(block, "attn", block)]
+        frames.append([site(module, prefix=model.num_prefix_tokens) for module in modules])
+    if (pool := getattr(model, "attn_pool", None)) is not None:
+        prefix = model.num_prefix_tokens if getattr(model, "pool_include_prefix", True) else 0
+        last = [site(pool, prefix=prefix, queries=getattr(pool, "latent_len", 1))]
+        return _Plan(frames + [last], "") if all_rows else _Plan([last], "attention pool, 1 map")
+    return _Plan(frames, f"class token, {len(frames)} blocks")
+
+
+def _distilled(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """timm's distilled DeiT: the score is the mean of two, of the class token and the distillation token."""
+    plan = _vision_transformer(model, images, all_rows)
+    frames = [[replace(site, queries=2) for site in frame] for frame in plan.frames]
+    return _Plan(frames, f"class and distillation token, {len(frames)} blocks")
+
+
+def _class_attention(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """CaiT (Touvron et al. 2021), XCiT (El-Nouby et al. 2021) and VOLO (Yuan et al. 2021): the class token joins at the
+    end and has blocks of its own."""
+    if hasattr(model, "post_network"):  # VOLO
+        blocks, grid = model.post_network, tuple(model.pos_embed.shape[1:3])
+        stride = 2 * math.prod(m.stride[0] for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
+        _check_size(images, 3, [stride * side for side in grid], (stride, stride))
+    elif hasattr(model, "cls_attn_blocks"):  # XCiT, whose convolutions take every size
+        blocks, patch = model.cls_attn_blocks, model.patch_embed.patch_size
+        _check_size(images, 3, None, (1, 1))
+        grid = tuple(math.ceil(side / patch) for side in images.shape[2:])
+    else:
+        blocks, grid = model.blocks_token_only, _grid_of(model.patch_embed, images)
+    frames = [[_Site(block.attn, grid)] for block in blocks]
+    return _Plan(frames, f"class token, {len(frames)} class-attention blocks")
+
+
+def _convit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """ConViT (d'Ascoli et al. 2021): the class token joins after the gated positional blocks."""
+    grid = _grid_of(model.patch_embed, images)
+    frames = [[_Site(block.attn, grid)] for block in model.blocks[model.local_up_to_layer :]]
+    return _Plan(frames, f"class token, last {len(frames)} of {len(model.blocks)} blocks")
+
+
+def _pit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """PiT (Heo et al. 2021): one class token, patches that are pooled between the stages; two tokens when distilled."""
+    tokens, grid, frames = model.cls_token.shape[1], model.patch_embed.grid_size, []
+    _check_size(images, 3, model.patch_embed.img_size, (1, 1))
+    for stage in model.transformers:
+        if stage.pool is not None:
+            grid = _after_convolution(grid, stage.pool.conv)
+        frames += [[_Site(block.attn, grid, tokens, queries=tokens)] for block in stage.blocks]
+    return _Plan(frames, f"class{' and distillation' * (tokens == 2)} token, {len(frames)} blocks")
+
+
+def _crossvit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """CrossViT (Chen et al. 2021): two branches, each with a class token that also attends to the other's patches."""
+    grids = [
+        tuple(side // patch for side, patch in zip(embed.img_size, embed.patch_size)) for embed in model.patch_embed
+    ]
+    frames = []
+    for stage in model.blocks:
+        for i in range(max(map(len, stage.blocks))):
+            frames.append([_Site(branch[i].attn, grid) for branch, grid in zip(stage.blocks, grids) if i < len(branch)])
+        frames.append([_Site(fusion.attn, grid) for fusion, grid in zip(stage.fusion, grids[1:] + grids[:1])])
+    return _Plan(frames, f"class tokens of both branches, {len(frames)} steps")
+
+
+def _tnt(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """TNT (Han et al. 2021): the outer attention, over patches; the inner one is over the pixels of each."""
+    _check_size(images, 3, model.pixel_embed.img_size, (1, 1))
+    frames = [[_Site(block.attn_out, model.pixel_embed.grid_size)] for block in model.blocks]
+    return _Plan(frames, f"class token, {len(frames)} blocks")
+
+
+def _mvit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """MViTv2 with a class token (Li et al. 2022): the keys are pooled, more or less from stage to stage. T = sum_j S[j]
+    is what the attention gives; the query that is added to it has no place in the picture."""
+    _check_size(images, 3, None, (32, 32))
+    grid, frames = _after_convolution(images.shape[2:], model.patch_embed.proj), []
+    for block in (block for stage in model.stages for block in stage.blocks):
+        frames.append([_Site(block.attn, _after_convolution(grid, block.attn.pool_k))])
+        grid = _after_convolution(grid, block.attn.pool_q)
+    return _Plan(frames, f"class token, {len(frames)} blocks")
+
+
+def _torchvision(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """torchvision's VisionTransformer."""
+    side, patch = model.image_size, model.patch_size
+    _check_size(images, 3, (side, side), (patch, patch))
+    frames = [[_Site(layer.self_attention, (side // patch, side // patch))] for layer in model.encoder.layers]
+    return _Plan(frames, f"class token, {len(frames)} blocks")
+
+
+def _transformers(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+    """transformers' ViT, DeiT, DINOv2, DINOv3 and BEiT, with fused ("sdpa") or eager attention."""
+    config, name = model.config, type(model).__name__
+    patch = config.patch_size if isinstance(config.patch_size, Sequence) else (config.patch_size,) * 2
+    side = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+    fixed = name.startswith(("ViT", "DeiT", "Beit"))  # the others adapt their positions to the image
+    _check_size(images, config.num_channels, side if fixed else None, patch)
+    distilled = name.startswith("DeiT")
+    prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
+    queries = 2 if name == "DeiTForImageClassificationWithTeacher" else 1
+    grid = images.shape[2] // patch[0], images.shape[3] // patch[1]
+    layers = [m for m in model.modules() if type(m).__name__.endswith("Layer") and hasattr(m, "attention")]
+    frames = [[_Site(layer.attention, grid, prefix, queries)] for layer in layers]
+    return _Plan(frames, f"class{' and distillation' * (queries == 2)} token, {len(frames)} blocks")
+
+
+def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> _Plan:
+    """A model of no known family, after its run. The grid is that of its last convolution before the first attention;
+    a token more than that must be the class token."""
+    name, grid = type(model).__name__, watch.grid
+    if not watch.calls:
         raise UnsupportedModel(
-            f"model: {name} is not built like a timm VisionTransformer (patch_embed, blocks, forward_head)"
+            f"model: {name} has no attention that DAAM can see: no scaled_dot_product_attention, no softmax(Q K^T) V"
         )
-    if getattr(model, "global_pool", "token") != "token":
+    tokens = {call.shape[1:] for call in watch.calls}
+    if (
+        grid is None
+        or tokens != {(math.prod(grid) + 1,) * 2}
+        or {call.shape[0] for call in watch.calls} != {len(images)}
+    ):
+        found = ", ".join(f"{m} to {n}" for m, n in sorted(tokens))
+        wanted = "a class token and patches from a convolution" if grid is None else f"1 + {grid[0]} x {grid[1]} tokens"
         raise UnsupportedModel(
-            f"model: {name} has a class token, but global_pool={model.global_pool!r} does not read it; "
-            f"build it with global_pool='token' if its weights were trained so"
+            f"model: {name} is of no family that is known, and its attention ({found} tokens) is not that of {wanted}"
+        )
+    for call in watch.calls:
+        call.site = _Site(model, grid)
+    frames = [[call.site] for call in watch.calls]
+    return _Plan(frames, f"class token, {len(frames)} blocks")
+
+
+_FAMILIES: dict[str, Callable[[nn.Module, Tensor, bool], _Plan]] = {
+    "timm.VisionTransformer": _vision_transformer,
+    "timm.VisionTransformerDistilled": _distilled,
+    "timm.VisionTransformerRelPos": _vision_transformer,
+    "timm.Eva": _vision_transformer,
+    "timm.Beit": _vision_transformer,
+    "timm.NaFlexVit": _naflex,
+    "timm.Cait": _class_attention,
+    "timm.Xcit": _class_attention,
+    "timm.VOLO": _class_attention,
+    "timm.ConVit": _convit,
+    "timm.PoolingVisionTransformer": _pit,
+    "timm.CrossVit": _crossvit,
+    "timm.TNT": _tnt,
+    "timm.MultiScaleVit": _mvit,
+    "torchvision.VisionTransformer": _torchvision,
+    "transformers.ViTPreTrainedModel": _transformers,
+    "transformers.DeiTPreTrainedModel": _transformers,
+    "transformers.Dinov2PreTrainedModel": _transformers,
+    "transformers.Dinov2WithRegistersPreTrainedModel": _transformers,
+    "transformers.DINOv3ViTPreTrainedModel": _transformers,
+    "transformers.BeitPreTrainedModel": _transformers,
+}
+"""By the name of a class or a base class, after the library that it comes from."""
+
+_ALL_ROWS = {_vision_transformer, _naflex, _distilled, _torchvision, _transformers}
+
+_REFUSED = {
+    "uses windowed attention: no token attends to all patches": (
+        "timm.SwinTransformer", "timm.SwinTransformerV2", "timm.SwinTransformerV2Cr", "timm.MaxxVit", "timm.Twins",
+        "timm.DaVit", "timm.GlobalContextVit", "timm.Nest", "timm.VisionTransformerSAM", "timm.HieraDet",
+        "torchvision.SwinTransformer", "torchvision.MaxVit", "transformers.SwinPreTrainedModel",
+        "transformers.Swinv2PreTrainedModel",
+    ),
+    "has no class token; DAAM needs one query token that the score reads": (
+        "timm.Hiera", "timm.Levit", "timm.LevitDistilled", "timm.PyramidVisionTransformerV2",
+        "transformers.HieraPreTrainedModel", "transformers.LevitPreTrainedModel", "transformers.PvtPreTrainedModel",
+        "transformers.PvtV2PreTrainedModel",
+    ),
+    "factorises its attention: no row of it says how the class token attends to the patches": ("timm.CoaT",),
+    "shuffles its patches: their places in the picture are not known": ("transformers.ViTMAEPreTrainedModel",),
+}  # fmt: skip
+"""What is not defined, by the reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the families share, and what is checked
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _check_pool(model: nn.Module, family: Callable) -> None:
+    """Refuses timm models whose score reads neither the class token nor the query of an attention pool."""
+    name, pool = type(model).__name__, getattr(model, "global_pool", "token")
+    if pool in ("map", "prr"):
+        return
+    ask = "ask for rows='patches' (--rows patches)" if family in _ALL_ROWS else ""
+    owner = getattr(model, "embeds", model)  # NaFlexVit keeps its tokens there
+    if getattr(owner, "cls_token", None) is None and not hasattr(model, "cls_token_0"):  # CrossViT's
+        raise UnsupportedModel(
+            f"model: {name} has no class token (global_pool={pool!r}); DAAM needs one query token that the score reads"
+            + (f"; for the mean patch token {ask}" if ask else "")
+        )
+    if pool != "token":
+        read = "the mean patch token" if pool == "avg" else "other tokens"
+        raise UnsupportedModel(
+            f"model: {name} has a class token but scores {read} (global_pool={pool!r}); the class row of the last "
+            f"block has zero gradient. Build it with global_pool='token' (if the weights were trained so)"
+            + (f" or {ask}" if ask else "")
         )
 
+
+def _grid_of(embed: nn.Module, images: Tensor) -> tuple[int, int]:
+    """The patch grid `(h, w)` of timm's patch embeddings, after a check of the images' size."""
+    channels = getattr(embed, "in_chans", None) or getattr(getattr(embed, "proj", None), "in_channels", images.shape[1])
+    patch = embed.feat_ratio(as_scalar=False)
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    fixed = embed.img_size if getattr(embed, "strict_img_size", False) else None
+    padded = getattr(embed, "dynamic_img_pad", False)
+    _check_size(images, channels, fixed, (1, 1) if padded else patch, ", or build the model with dynamic_img_size=True")
+    return tuple(embed.dynamic_feat_size(tuple(images.shape[2:])))
+
+
+def _after_convolution(size: Sequence[int], layer: nn.Module | None) -> tuple[int, int]:
+    """`(h, w)` after a convolution or pooling; None leaves it."""
+    if layer is None:
+        return tuple(size)
+    pairs = [p if isinstance(p, Sequence) else (p, p) for p in (layer.kernel_size, layer.stride, layer.padding)]
+    return tuple((side + 2 * pad - kernel) // stride + 1 for side, kernel, stride, pad in zip(size, *pairs))
+
+
+def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images: expected a tensor (B, 3, H, W) with B > 0, got {shape}")
@@ -266,40 +770,70 @@ def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
         raise ValueError(
             f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
         )
-    embed, (channels, *size) = model.patch_embed, images.shape[1:]
-    wanted = getattr(embed, "in_chans", None) or getattr(getattr(embed, "proj", None), "in_channels", channels)
-    if channels != wanted:
-        raise ValueError(f"images: the model takes {wanted} channels, got {channels}")
-    if getattr(embed, "strict_img_size", False) and embed.img_size and tuple(size) != tuple(embed.img_size):
-        raise ValueError(
-            "images: the model takes {} x {} pixels, got {} x {}; resize them, "
-            "or build the model with dynamic_img_size=True".format(*embed.img_size, *size)
-        )
-    patch = embed.feat_ratio(as_scalar=False)
-    patch = (patch, patch) if isinstance(patch, int) else patch
-    if not getattr(embed, "dynamic_img_pad", False) and any(s < p or s % p for s, p in zip(size, patch)):
-        raise ValueError("images: {} x {} pixels are not a multiple of the patch, {} x {}".format(*size, *patch))
-    return tuple(embed.dynamic_feat_size(tuple(size)))
 
 
-def _check_forward(model: nn.Module, calls: Sequence[_Attention], output: Tensor) -> None:
-    if len(calls) != len(model.blocks):
-        raise UnsupportedModel(
-            f"model: attention was seen {len(calls)} times in {len(model.blocks)} blocks; DAAM watches one call of "
-            f"scaled_dot_product_attention a block (timm: timm.layers.set_fused_attn(True) before the model is built, "
-            f"where its attention has a fused form)"
-        )
+def _check_size(
+    images: Tensor, channels: int, fixed: Sequence[int] | None, patch: Sequence[int], way_out: str = ""
+) -> None:
+    """Holds `(B, C, H, W)` against the channels, the only size (None: any) and the patch size of a model."""
+    if images.shape[1] != channels:
+        raise ValueError(f"images: the model takes {channels} channels, got {images.shape[1]}")
+    h, w = images.shape[2:]
+    if fixed is not None and (h, w) != tuple(fixed):
+        raise ValueError(f"images: the model takes {fixed[0]} x {fixed[1]} pixels, got {h} x {w}; resize them{way_out}")
+    if any(side < p or side % p for side, p in zip((h, w), patch)):
+        raise ValueError(f"images: {h} x {w} pixels are not a multiple of the patch, {patch[0]} x {patch[1]}")
+
+
+def _check_forward(model: nn.Module, plan: _Plan, calls: Sequence[_Attention], output: Tensor) -> None:
+    name = type(model).__name__
+    seen = [id(call.site) for call in calls]
+    sites = [site for frame in plan.frames for site in frame]
+    for site in sites:
+        if (times := seen.count(id(site))) != 1:
+            raise UnsupportedModel(
+                f"model: attention was seen {times} times in the {type(site.module).__name__} of {name}, and once was "
+                f"expected; DAAM sees scaled_dot_product_attention and softmax(Q K^T) V"
+            )
+    for call in calls:
+        _, queries, keys = call.shape
+        cells = math.prod(call.site.grid) if call.site.cells is None else call.site.cells.shape[1]
+        if keys != call.site.prefix + cells or queries < (call.site.queries or 1):
+            raise UnsupportedModel(
+                f"model: {name} attends from {queries} to {keys} tokens in {type(call.site.module).__name__}, and "
+                f"{call.site.prefix} + {cells} were expected (prefix + patches)"
+            )
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
     if not output.requires_grad:
         raise UnsupportedModel(
-            f"model: the output of {type(model).__name__} does not depend on its attention; "
-            f"is its forward under torch.no_grad()?"
+            f"model: the output of {name} does not depend on its attention; is its forward under torch.no_grad()?"
         )
-    if output.ndim != 2:
-        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {tuple(output.shape)}")
     if not torch.isfinite(output).all():
         raise ValueError(
             f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
             f"or for an overflow of {output.dtype}"
+        )
+
+
+def _check_backward(model: nn.Module, rows: str, calls: Sequence[_Attention]) -> None:
+    name, last = type(model).__name__, calls[-1]
+    if rows == "class" and last.read is not None:
+        first, others = last.read[: last.site.queries].any().item(), last.read[last.site.queries :].any().item()
+        if others:
+            besides = "besides the class token" if first else "and not the class token of the last block"
+            raise UnsupportedModel(
+                f"model: the score of {name} reads the patch tokens {besides}; use a model whose head reads the class "
+                f"token alone (timm: global_pool='token') or ask for rows='patches' (--rows patches)"
+            )
+    remainders = torch.stack([call.remainder for call in calls if call.remainder is not None])
+    dtype = calls[0].dtype
+    allowed = max(2e-3, 30 * torch.finfo(dtype).eps)
+    if not (remainders <= allowed).all():
+        raise UnsupportedModel(
+            f"model: the attention of {name} is not the sum of its semantic maps: they miss it by "
+            f"{remainders.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {dtype}"
         )
 
 

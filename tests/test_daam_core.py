@@ -18,10 +18,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.models.cait import Cait
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import TINY, build, random_images, tiny_vit
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode_stack
@@ -42,32 +40,7 @@ from daam_core import (
     whole_file,
 )
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}  # 4 x 4 grid
 WIDTH, BLOCKS = TINY["embed_dim"], TINY["depth"]
-
-
-def build(make, *args, seed: int = 4, **options) -> nn.Module:
-    """A model whose weights let every term of the method count: fresh ones make attention flat, LayerScale 1e-5.
-
-    They are drawn after the model is built, since how much of the generator that takes depends on the version of timm.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = make(*args, **options)
-        torch.manual_seed(seed)
-        for name, p in model.named_parameters():
-            if p.ndim == 1:  # norms, biases, LayerScale; the bias of a convolution is random already
-                p.mul_(not name.endswith("bias")).add_(torch.randn_like(p), alpha=0.2)
-            else:  # linear and convolution; tokens and position embedding
-                p.normal_(std=0.2 if p.ndim == 3 else p[0].numel() ** -0.5)
-    return model.eval()
-
-
-def tiny_vit(make=VisionTransformer, **options) -> nn.Module:
-    return build(make, **{**TINY, **options})
-
-
-def random_images(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -274,11 +247,18 @@ def remainder(given, told):
     """max |sum_j S_b[j] - T_b| where torch's attention gets the options `given` and daam_core is told others."""
     q, k, v = random_qkv(given)
     T = F.scaled_dot_product_attention(q, k, v, **given)[:, :, 0]
-    row = daam_core._Attention(torch.relu, q, k, v, **told).class_row()
-    assert row.shape == (B, H, N)
-    torch.testing.assert_close(row.sum(-1), torch.ones(B, H))
-    S = row[..., None] * v.repeat_interleave(H // v.shape[1], 1)
+    row = fused_attention(q, k, v, **told).spread()
+    assert row.shape == (B, H, 1, N)
+    torch.testing.assert_close(row.sum(-1), torch.ones(B, H, 1))
+    S = row[:, :, 0, :, None] * v.repeat_interleave(H // v.shape[1], 1)
     return (S.sum(2) - T).abs().max()
+
+
+def fused_attention(q, k, v, output=None, queries=1, **options):
+    """What daam_core makes of one call of torch's attention."""
+    output = F.scaled_dot_product_attention(q, k, v, **options) if output is None else output
+    site = daam_core._Site(nn.Identity(), (N, 1), prefix=0, queries=queries)
+    return daam_core._FusedAttention(site, torch.relu, output, q, k, v, **options)
 
 
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
@@ -286,14 +266,36 @@ def test_semantic_maps_sum_to_the_attention_output(options):
     assert remainder(options, options) < 1e-5
 
 
+@pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
-def test_map_of_a_gradient(options):
+def test_map_of_a_gradient(options, queries):
     q, k, v = random_qkv(options)
     gradient = random_images(B, H, N, HEAD)
-    call = daam_core._Attention(torch.relu, q, k, v, **options)
-    S = call.class_row()[..., None] * v.repeat_interleave(H // v.shape[1], 1)  # (B, H, N, d)
+    call = fused_attention(q, k, v, queries=queries, **options)
+    S = call.spread()[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
     call.receive(gradient)
-    torch.testing.assert_close(call.map, (S * gradient[:, :, :1].relu()).sum((1, 3)).relu())
+    assert call.remainder < 1e-5 and call.read.all() and call.read.shape == (N,)
+    torch.testing.assert_close(call.map, (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
+
+
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
+def test_map_of_all_rows(options):
+    """V[j] (A^T w(C))[j], with the whole matrix A: what the attention makes of unit vectors as values."""
+    q, k, v = random_qkv(options)
+    gradient = random_images(B, H, N, HEAD)
+    A = F.scaled_dot_product_attention(q, k, torch.eye(N).expand(*k.shape[:2], N, N), **options)  # (B, H, N, N)
+    call = fused_attention(q, k, v, queries=None, **options)
+    call.receive(gradient)
+    values = v.repeat_interleave(H // v.shape[1], 1)
+    torch.testing.assert_close(call.map, (values * (A.transpose(2, 3) @ gradient.relu())).sum((1, 3)).relu())
+
+
+def test_queries_that_a_gradient_reaches():
+    gradient = torch.zeros(B, H, N, HEAD)
+    gradient[1, 2, 5, 3] = gradient[0, 0, 0, 0] = -1e-30
+    call = fused_attention(*random_qkv({}))
+    call.receive(gradient)
+    assert call.read.nonzero().flatten().tolist() == [0, 5]
 
 
 @pytest.mark.parametrize(
@@ -557,13 +559,6 @@ class NoGrad(VisionTransformer):
         return super().forward(x)
 
 
-def unfused(*which):
-    model = tiny_vit()
-    for b in which:
-        model.blocks[b].attn.fused_attn = False
-    return model
-
-
 def refused(match, model, *arguments, **options):
     """A ValueError of one line that begins with the name of the argument and is found by `match`."""
     with pytest.raises(ValueError, match=match) as caught:
@@ -574,26 +569,23 @@ def refused(match, model, *arguments, **options):
     assert isinstance(caught.value, UnsupportedModel) == message.startswith("model:")
 
 
+class NoAttention(VisionTransformer):
+    """Its blocks do something else."""
+
+    def forward_features(self, x):
+        return self.norm(self._pos_embed(self.patch_embed(x)))
+
+
 @pytest.mark.parametrize(
     "build, match",
     [
         (lambda: tiny_vit(class_token=False, global_pool="avg"), "^model: VisionTransformer has no class token"),
-        (
-            lambda: SwinTransformer(32, 2, embed_dim=12, depths=(1,), num_heads=(1,)),
-            "^model: Swin.* has no class token",
-        ),
-        (lambda: timm.create_model("resnet10t"), "^model: ResNet has no class token"),
-        (lambda: nn.Linear(3, 3), "^model: Linear has no class token"),
-        (lambda: tiny_vit(global_pool="avg"), "^model: .* has a class token, but global_pool='avg' does not read it"),
-        (lambda: tiny_vit(VisionTransformerDistilled), "^model: .* reads two tokens, class and distillation"),
-        (lambda: timm.create_model("pit_ti_224"), "^model: .* is not built like a timm VisionTransformer"),
-        (lambda: tiny_vit(Cait), "^model: "),
-        (lambda: unfused(0, 1, 2), r"^model: attention was seen 0 times in 3 blocks.*set_fused_attn\(True\)"),
-        (lambda: unfused(0), "^model: attention was seen 2 times in 3 blocks"),
-        (lambda: unfused(2), "^model: attention was seen 2 times in 3 blocks"),
-        (lambda: timm.create_model("xcit_nano_12_p8_224"), "^model: "),
-        (lambda: tiny_vit(NoGrad), "^model: "),
-        (lambda: tiny_vit(ReadsPatches), "^model: the score of ReadsPatches does not read the class token"),
+        (lambda: timm.create_model("resnet10t"), "^model: ResNet has no attention that DAAM can see"),
+        (lambda: nn.Conv2d(3, 3, 1), "^model: Conv2d has no attention that DAAM can see"),
+        (lambda: tiny_vit(global_pool="avg"), r"^model: .* scores the mean patch token \(global_pool='avg'\)"),
+        (lambda: tiny_vit(NoAttention), "^model: attention was seen 0 times in a Attention of NoAttention"),
+        (lambda: tiny_vit(NoGrad), "^model: .* does not depend on its attention"),
+        (lambda: tiny_vit(ReadsPatches), "^model: the score of ReadsPatches reads the patch tokens and not the class"),
     ],
 )
 def test_refused_models(build, match, images):
@@ -614,7 +606,7 @@ def test_refused_target_and_importance_together(model, images):
 
 
 def test_refused_features_that_do_not_read_the_class_token(images):
-    refused("^model: .* does not read the class token", tiny_vit(ReadsPatches), images, importance=torch.ones(WIDTH))
+    refused("^model: .* reads the patch tokens and not", tiny_vit(ReadsPatches), images, importance=torch.ones(WIDTH))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,354 @@
+"""The support table of the README: one small random-weight model a row, decomposed here and now.
+
+    python tests/support_table.py              # prints the table
+    python tests/support_table.py --write      # puts it into README.md
+
+The last column is the largest |sum_j S_b[j] - T_b| over all blocks, images and query rows. S_b is what daam_core makes
+its maps of; T_b is taken by hooks of its own, from the module that reads it. tests/test_families.py has the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torchvision
+from timm.layers import Attention
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from timm.models.volo import VOLO
+from tiny_models import TINY, build, random_images, tiny_timm
+from torch import Tensor, nn
+
+import daam_core
+from daam_core import AttentionFlow, UnsupportedModel, attention_flow
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+MARKERS = "<!-- table: support -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    family: str
+    example: str
+    """The name with which people ask for such a model."""
+    make: Callable[[], nn.Module]
+    size: tuple[int, int] = (32, 32)
+    images: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    """Other inputs than `(2, 3, H, W)`."""
+    flow: dict = field(default_factory=dict)
+    """Options of `attention_flow`."""
+
+
+def from_timm(family: str, name: str, size: int = 32, flow: dict | None = None, images=None, **options) -> Row:
+    """A row for a timm name, shrunken to TINY unless the options say otherwise; what follows the name says which."""
+    example = f"{name} (global_pool='token')" if options.get("global_pool") == "token" else name
+    options = {**TINY, **options} if options.pop("tiny", True) else options
+    return Row(family, example, lambda: tiny_timm(name.split(" ")[0], **options), (size, size), images, flow or {})
+
+
+def from_transformers(family: str, name: str, flow: dict | None = None, attention: str = "sdpa", **options) -> Row:
+    """A row for a class of transformers; the configuration has the same name."""
+
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, re.sub("(Model|For).*", "Config", name))(
+            hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32,
+            patch_size=8, num_labels=5, **options,
+        )  # fmt: skip
+        config._attn_implementation = attention
+        return build(getattr(transformers, name), config)
+
+    return Row(family, f"transformers {name}, {attention}", make, flow=flow or {})
+
+
+def naflex_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Two images of 4 x 4 and 3 x 5 patches, the second one with a place that is not filled."""
+    coord = [[(y, x) for y in range(h) for x in range(w)] for h, w in ((4, 4), (3, 5))]
+    coord[1].append((0, 0))
+    return {
+        "patches": random_images(2, 16, 3 * 8 * 8),
+        "patch_coord": torch.tensor(coord),
+        "patch_valid": torch.tensor([[True] * 16, [True] * 15 + [False]]),
+    }
+
+
+class GatedAttention(Attention):
+    def __init__(self, *args, **options):
+        super().__init__(*args, gated=True, **options)
+
+
+def tiny_volo() -> nn.Module:
+    return build(
+        VOLO, (1, 1, 1, 1), seed=6, img_size=64, embed_dims=(24, 48, 48, 48), num_heads=(2, 4, 4, 4), num_classes=5,
+        mlp_ratio=2.0, stem_hidden_dim=16,
+    )  # fmt: skip
+
+
+def tiny_mvit() -> nn.Module:
+    config = MultiScaleVitCfg(
+        depths=(1, 1, 2), embed_dim=(24, 48, 96), num_heads=(1, 2, 4), use_cls_token=True,
+        stride_q=((1, 1), (2, 2), (2, 2)),
+    )  # fmt: skip
+    return build(MultiScaleVit, config, img_size=64, num_classes=5, global_pool="token")
+
+
+def tiny_torchvision() -> nn.Module:
+    return build(
+        torchvision.models.VisionTransformer, image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=24,
+        mlp_dim=48, num_classes=5,
+    )  # fmt: skip
+
+
+TOKEN, PATCHES = {"global_pool": "token"}, {"rows": "patches"}
+ONES = {"importance": torch.ones(24)}
+NAFLEX = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5, "tiny": False}
+CROSSVIT = {"embed_dim": [24, 48], "num_classes": 5, "tiny": False, "size": 240}
+PIT = {"img_size": 64, "base_dims": [12, 12, 12], "depth": [1, 1, 2], "num_classes": 5, "tiny": False, "size": 64}
+TNT = {"img_size": 64, "embed_dim": 48, "inner_dim": 8, "depth": 3, "num_heads_inner": 2, "num_heads_outer": 2,
+       "num_classes": 5, "tiny": False, "size": 64}  # fmt: skip
+XCIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "tiny": False}
+
+DECOMPOSED = [
+    from_timm("ViT, AugReg", "vit_small_patch16_224"),
+    from_timm("DeiT", "deit_small_patch16_224"),
+    from_timm("DeiT-3 (LayerScale)", "deit3_small_patch16_224", init_values=0.5),
+    from_timm("DeiT, distilled", "deit_small_distilled_patch16_224"),
+    from_timm("FlexiViT", "flexivit_small"),
+    from_timm("CLIP-style (norm before the blocks)", "vit_base_patch16_clip_224"),
+    from_timm("hybrid with a ResNet stem", "vit_small_r26_s32_224", size=64, img_size=64, num_heads=2, embed_dim=24,
+              depth=3, num_classes=5, tiny=False),
+    from_timm("DINO", "vit_small_patch8_224.dino", flow=ONES, num_classes=0),
+    from_timm("DINOv2", "vit_small_patch14_dinov2", flow=ONES, num_classes=0),
+    from_timm("DINOv2 with registers", "vit_small_patch14_reg4_dinov2"),
+    from_timm("qk-norm", "vit_small_patch16_224 (qk_norm=True)", qk_norm=True),
+    from_timm("scale norm in the attention", "vit_small_patch16_224 (scale_attn_norm=True)", scale_attn_norm=True),
+    from_timm("gated attention", "vit_small_patch16_224 (gated)", attn_layer=GatedAttention),
+    from_timm("parallel attention and MLP", "vit_base_patch16_xp_224"),
+    from_timm("parallel blocks", "vit_small_patch16_18x2_224"),
+    from_timm("differential attention", "vit_dwee_patch16_reg1_gap_256", class_token=True, **TOKEN),
+    from_timm("differential, parallel", "vit_dpwee_patch16_reg1_gap_256", class_token=True, **TOKEN),
+    from_timm("SigLIP, attention pool", "vit_base_patch16_siglip_224"),
+    from_timm("Perception Encoder, attention pool", "vit_pe_core_small_patch16_384", seed=6),
+    from_timm("PRR pool", "vit_small_patch16_224 (global_pool='prr')", global_pool="prr"),
+    from_timm("rotary position embedding", "vit_small_patch16_rope_224"),
+    from_timm("rotary, mixed", "vit_small_patch16_rope_mixed_224"),
+    from_timm("EVA", "eva_large_patch14_196", **TOKEN),
+    from_timm("EVA-02", "eva02_tiny_patch14_224", **TOKEN),
+    from_timm("EVA-02, split q, k, v", "eva02_base_patch14_224", **TOKEN),
+    from_timm("EVA-02 CLIP (scale norm)", "eva02_base_patch16_clip_224"),
+    from_timm("DINOv3", "vit_small_patch16_dinov3", **TOKEN),
+    from_timm("DINOv3 with biases", "vit_small_patch16_dinov3_qkvb", **TOKEN),
+    from_timm("BEiT", "beit_base_patch16_224", **TOKEN),
+    from_timm("BEiT v2", "beitv2_base_patch16_224", **TOKEN),
+    from_timm("BEiT-3", "beit3_base_patch16_224", **TOKEN),
+    from_timm("relative position", "vit_relpos_base_patch16_cls_224"),
+    from_timm("NaFlexViT", "naflexvit_base_patch16_radio_v3", **NAFLEX, **TOKEN),
+    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_radio_v3", images=naflex_batch, **NAFLEX, **TOKEN),
+    from_timm("NaFlexViT, attention pool", "naflexvit_base_patch16_map", **NAFLEX),
+    from_timm("CaiT", "cait_xxs24_224"),
+    from_timm("XCiT/16", "xcit_small_12_p16_224", size=64, img_size=64, **XCIT),
+    from_timm("XCiT/8, DINO", "xcit_small_12_p8_224", flow={"importance": torch.ones(32)},
+              **{**XCIT, "num_classes": 0}),
+    Row("VOLO", "volo_d1_224", tiny_volo, (64, 64)),
+    from_timm("ConViT", "convit_tiny", depth=4, local_up_to_layer=2),
+    from_timm("PiT", "pit_s_224", **PIT),
+    from_timm("PiT, distilled", "pit_s_distilled_224", **PIT),
+    from_timm("CrossViT", "crossvit_tiny_240", **CROSSVIT),
+    from_timm("CrossViT, dagger", "crossvit_9_dagger_240", **{**CROSSVIT, "embed_dim": [32, 64]}),
+    from_timm("TNT", "tnt_s_patch16_224", **TNT),
+    from_timm("TNT, legacy", "tnt_s_legacy_patch16_224", **TNT),
+    Row("MViTv2 with a class token", "mvitv2_small_cls", tiny_mvit, (64, 64)),
+    Row("ViT", "torchvision vit_b_16", tiny_torchvision),
+    from_transformers("ViT", "ViTForImageClassification"),
+    from_transformers("ViT", "ViTForImageClassification", attention="eager"),
+    from_transformers("DeiT", "DeiTForImageClassification"),
+    from_transformers("DeiT, distilled", "DeiTForImageClassificationWithTeacher", attention="eager"),
+    from_transformers("DINOv2", "Dinov2Model", flow=ONES),
+    from_transformers("DINOv2 with registers", "Dinov2WithRegistersModel", flow=ONES, attention="eager"),
+    from_transformers("DINOv3", "DINOv3ViTModel", flow=ONES, num_register_tokens=4),
+    from_transformers("DINOv3", "DINOv3ViTModel", flow=ONES, num_register_tokens=4, attention="eager"),
+    from_transformers("BEiT", "BeitForImageClassification", use_mean_pooling=False, use_relative_position_bias=True),
+    from_transformers("BEiT", "BeitForImageClassification", attention="eager", use_mean_pooling=False,
+                      use_shared_relative_position_bias=True),
+]  # fmt: skip
+ALL_ROWS = [
+    from_timm("GAP ViT", "vit_base_patch16_gap_224", flow=PATCHES, class_token=False, global_pool="avg"),
+    from_timm("BEiT, default", "beit_base_patch16_224", flow=PATCHES),
+    from_timm("EVA-02, default", "eva02_base_patch14_448", flow=PATCHES),
+    from_timm("DINOv3, default", "vit_small_patch16_dinov3", flow={**PATCHES, **ONES}, num_classes=0),
+    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_gap", images=naflex_batch, flow=PATCHES, **NAFLEX),
+    from_transformers("DINOv2 classifier", "Dinov2ForImageClassification", flow=PATCHES),
+    from_transformers("BEiT, default", "BeitForImageClassification", flow=PATCHES, use_relative_position_bias=True),
+]
+REFUSED = [
+    from_timm("Swin", "swin_tiny_patch4_window7_224", tiny=False, size=224),
+    from_timm("Swin v2", "swinv2_tiny_window8_256", tiny=False, size=256),
+    from_timm("MaxViT", "maxvit_tiny_rw_224", tiny=False, size=224),
+    from_timm("Hiera", "hiera_tiny_224", tiny=False, size=224),
+    from_timm("LeViT", "levit_128s", tiny=False, size=224),
+    from_timm("PVT v2", "pvt_v2_b0", tiny=False, size=224),
+    from_timm("MViTv2 without a class token", "mvitv2_tiny", tiny=False, size=224),
+    from_timm("CoaT", "coat_tiny", tiny=False, size=224),
+    from_timm("MLP-Mixer", "mixer_s32_224", tiny=False, size=224),
+    from_timm("ResNet", "resnet18", tiny=False, size=224),
+    Row("ResNet", "torchvision resnet18", torchvision.models.resnet18, (64, 64)),
+    Row("Swin", "torchvision swin_t", torchvision.models.swin_t, (64, 64)),
+    from_timm("mean of the patches", "beit_base_patch16_224"),
+    from_timm("mean of the patches, no class token", "vit_base_patch16_gap_224", class_token=False, global_pool="avg"),
+    from_transformers("class token beside the mean of the patches", "Dinov2ForImageClassification"),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The identity
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    flow: AttentionFlow
+    S: list[Tensor]
+    """`(B, N, Q, C)` of every attention that was decomposed, of its first Q queries: what daam_core weights."""
+    T: list[Tensor]
+    """`(B, Q, C)`, seen where the next module reads it."""
+    C: list[Tensor]
+    """`(B, M, C)`: the gradient that came there, for all M queries."""
+
+    @property
+    def error(self) -> float:
+        return max((S.sum(1) - T).abs().max().item() for S, T in zip(self.S, self.T, strict=True))
+
+
+def measure(row: Row) -> Measured:
+    model = row.make()
+    images = row.images(model) if row.images else random_images(2, 3, *row.size)
+    with semantic_maps() as maps, attention_outputs(model) as (outputs, gradients):
+        flow = attention_flow(model, images, **row.flow)
+    modules = [module for module in outputs if module in maps]  # in the order of the forward
+    return Measured(
+        flow,
+        S=[maps[module] for module in modules],
+        T=[outputs[module][:, : maps[module].shape[2]] for module in modules],
+        C=[gradients[module] for module in modules],
+    )
+
+
+@contextmanager
+def semantic_maps():
+    """S_b `(B, N, Q, C)` by the module, from what daam_core makes its maps of."""
+    maps = {}
+    receive = daam_core._Attention.receive
+
+    def recording(call, gradient):
+        spread = call.spread()  # (B, H, Q, N)
+        value = call.value.repeat_interleave(spread.shape[1] // call.value.shape[1], 1)  # (B, H, N, d)
+        S = torch.einsum("bhqn,bhnd->bnqhd", spread, value).flatten(3)
+        module = call.site.module
+        # nn.MultiheadAttention has no module that reads T: it is compared after its projection
+        maps[module] = S @ module.out_proj.weight.T if isinstance(module, nn.MultiheadAttention) else S
+        receive(call, gradient)
+
+    with mock.patch.object(daam_core._Attention, "receive", recording):
+        yield maps
+
+
+@contextmanager
+def attention_outputs(model: nn.Module):
+    """T and dY/dT `(B, M, C)` by the attention module, seen by hooks where the next module reads T."""
+    outputs, gradients, queries = {}, {}, {}
+
+    def see(module: nn.Module, T: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        outputs[module] = (read(T) - queries.get(module, 0)).detach()
+        if T.requires_grad:
+            T.register_hook(lambda gradient: gradients.update({module: read(gradient)}))
+
+    def watch(module: nn.Module):
+        if isinstance(module, nn.MultiheadAttention):
+            bias = module.out_proj.bias.detach()
+            return [module.register_forward_hook(lambda m, args, out: see(m, out[0], lambda x: x) or subtract(m, bias))]
+        reader, read = reader_of(module)
+        handles = [reader.register_forward_pre_hook(lambda r, args: see(module, args[0], read))] if reader else []
+        if type(module).__name__ == "MultiScaleAttention":  # it adds its queries to T
+
+            def remember(norm, args, q):
+                queries[module] = q.transpose(1, 2).flatten(2)
+
+            handles.append(module.norm_q.register_forward_hook(remember))
+        return handles
+
+    def subtract(module: nn.Module, bias: Tensor) -> None:
+        outputs[module] -= bias
+
+    handles = [handle for module in model.modules() for handle in watch(module)]
+    try:
+        yield outputs, gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
+    """The module that reads T of an attention module, and how T lies in what it reads; None of any other module."""
+    name = type(module).__name__
+    if name.startswith("Diff"):
+        return module.sub_norm, lambda x: x.transpose(1, 2).flatten(2)  # (B, H, N, 2 d)
+    if name == "ParallelScalingBlock":
+        reader = module.attn_out_proj if module.out_proj is None else module.out_proj
+        return reader, lambda x: x[..., : module.num_heads * module.head_dim]
+    if not re.search("Attention|Attn|MHSA", name) or name.startswith("CrossAttentionBlock"):
+        return None, None
+    parts = {"AttentionPoolPrr": ["post_norm"], "AttentionPoolLatent": ["proj"]}.get(name, ["norm", "proj", "o_proj"])
+    return next((r for part in parts if (r := getattr(module, part, None)) is not None), None), lambda x: x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def table(results: Iterable[Measured]) -> str:
+    lines = ["| family | for example | decomposed | maps | tokens | grid | error |", "|---|---|---|---|---|---|---|"]
+    for row, measured in zip(DECOMPOSED + ALL_ROWS, results):
+        blocks, h, w = measured.flow.block_maps.shape[1:]
+        tokens = ", ".join(dict.fromkeys(str(S.shape[1]) for S in measured.S))
+        lines.append(
+            f"| {row.family} | `{row.example}` | {measured.flow.decomposed} | {blocks} | {tokens} | {h} x {w} "
+            f"| {measured.error:.0e} |"
+        )
+    for row in REFUSED:
+        lines.append(f"| {row.family} | `{row.example}` | refused: {reason(row)} | | | | |")
+    return "\n".join(lines)
+
+
+def reason(row: Row) -> str:
+    try:
+        attention_flow(row.make(), random_images(1, 3, *row.size), **row.flow)
+    except UnsupportedModel as error:
+        return str(error).removeprefix("model: ").split(";")[0].split(". ")[0]
+    raise AssertionError(f"{row.example} is not refused")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    write = parser.parse_args().write
+    warnings.simplefilter("ignore")
+    text = table(map(measure, DECOMPOSED + ALL_ROWS))
+    if not write:
+        print(text)
+        return
+    start, end = MARKERS
+    before, rest = README.read_text(encoding="utf-8").split(start)
+    README.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

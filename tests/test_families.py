@@ -1,0 +1,580 @@
+"""Every family of models, row by row of the support table: the identity, the maps made of it, and what breaks it."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from functools import cache
+from unittest import mock
+
+import pytest
+import support_table
+import torch
+import torch.nn.functional as F
+from support_table import ALL_ROWS, DECOMPOSED, MARKERS, README, REFUSED, Row, measure, naflex_batch, tiny_torchvision
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from tiny_models import TINY, build, random_images, tiny_vit
+from torch import nn
+
+import daam_core
+from daam_core import UnsupportedModel, attention_flow, features, num_classes
+
+WIDTH = TINY["embed_dim"]
+
+
+def name_of(row: Row) -> str:
+    return f"{row.family}: {row.example}"
+
+
+@cache
+def measured(index):
+    return measure((DECOMPOSED + ALL_ROWS)[index])
+
+
+def row_of(family: str) -> Row:
+    return next(row for row in DECOMPOSED + ALL_ROWS + REFUSED if row.family == family)
+
+
+def assert_same_maps(actual, expected, tolerance=1e-5):
+    """Within a part of the largest value of each map."""
+    assert actual.shape == expected.shape and (expected > 0).any()
+    largest = expected.flatten(2).amax(-1)[..., None, None]
+    assert ((actual - expected).abs() <= tolerance * largest + 1e-12).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows of the table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(len(DECOMPOSED + ALL_ROWS)), ids=map(name_of, DECOMPOSED + ALL_ROWS))
+def test_semantic_maps_sum_to_what_the_attention_hands_on(index):
+    result = measured(index)
+    assert len(result.S) >= result.flow.block_maps.shape[1] >= 1
+    assert result.error < 1e-5
+    assert min(T.abs().max() for T in result.T) > 1e-2  # there is something to compare
+    assert (result.flow.block_maps > 0).float().mean() > 0.1 and torch.isfinite(result.flow.block_maps).all()
+
+
+FRAMES = {"parallel blocks": [2] * 3, "CrossViT": [2, 1, 1, 1, 2] * 3, "CrossViT, dagger": [2, 1, 1, 2] * 3}
+"""How many attentions make a frame, in the order of the forward, where it is not one."""
+
+
+@pytest.mark.parametrize("index", range(len(DECOMPOSED)), ids=map(name_of, DECOMPOSED))
+def test_maps_are_the_semantic_maps_weighted_by_the_gradient(index):
+    """With S from the test above, and the gradient that hooks of the test saw. The patches are the last keys."""
+    row, result = DECOMPOSED[index], measured(index)
+    if row.images or "torchvision" in row.example:
+        pytest.skip("see test_naflex_patches_find_their_places and test_torchvision_agrees_with_timm")
+    w = (lambda c: c) if "importance" in row.flow else torch.relu
+    size, sites = result.flow.block_maps.shape[-2:], []
+    for S, C in zip(result.S, result.C, strict=True):
+        tokens = torch.einsum("bnqc,bqc->bn", S, w(C[:, : S.shape[2]])).relu()
+        side = math.isqrt(tokens.shape[1])  # of the square of patches; less than that are prefix tokens
+        grid = tokens[:, -(side**2) :].reshape(-1, 1, side, side)
+        if side != size[0]:
+            grid = F.interpolate(grid, size, mode="bilinear") * side**2 / size[0] ** 2
+        sites.append(grid[:, 0])
+    attentions = iter(sites)
+    frames = [sum(itertools.islice(attentions, n)) for n in FRAMES.get(row.family, [1] * len(sites))]
+    assert_same_maps(result.flow.block_maps, torch.stack(frames, 1))
+
+
+@pytest.mark.parametrize("row", [r for r in DECOMPOSED if not r.images], ids=name_of)
+def test_fused_and_open_attention_give_the_same_maps(row):
+    """Open, a model makes the matrix itself, with its own biases and rotations."""
+    model = row.make()
+    images = random_images(2, 3, *row.size)
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    sdpa = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
+    if not fused and not sdpa:
+        pytest.skip("has only one form")
+    expected = attention_flow(model, images, **row.flow)
+    for module in fused:
+        module.fused_attn = False
+    if sdpa:
+        model.set_attn_implementation("eager")
+    assert_same_maps(attention_flow(model, images, **row.flow).block_maps, expected.block_maps)
+    assert not any(module.fused_attn for module in fused)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=name_of)
+def test_refused_models_say_why(row):
+    with pytest.raises(UnsupportedModel, match=r"^model: .*\w+") as caught:
+        attention_flow(row.make(), random_images(1, 3, *row.size))
+    message = str(caught.value)
+    assert "\n" not in message
+    reasons = {
+        "Swin": "uses windowed attention: no token attends to all patches",
+        "Hiera": "Hiera has no class token",
+        "LeViT": "has no class token",
+        "CoaT": "factorises its attention",
+        "ResNet": "has no attention that DAAM can see",
+        "mean of the patches": "Build it with global_pool='token' .* or ask for rows='patches'",
+        "mean of the patches, no class token": "has no class token .*ask for rows='patches'",
+        "class token beside the mean of the patches": "reads the patch tokens besides the class token",
+        "MViTv2 without a class token": r"has no class token \(global_pool='avg'\)",
+    }
+    if row.family in reasons:
+        assert caught.match(reasons[row.family])
+
+
+def test_table_of_the_readme_is_the_one_that_is_measured():
+    """All but the errors, which differ from machine to machine."""
+    start, end = MARKERS
+    written = README.read_text(encoding="utf-8").split(start)[1].split(end)[0].strip().splitlines()
+
+    def without_error(line):
+        return line.rsplit("|", 2)[0].rstrip()
+
+    made = support_table.table([measured(i) for i in range(len(DECOMPOSED + ALL_ROWS))]).splitlines()
+    assert [*map(without_error, written)] == [*map(without_error, made)]
+    assert all(float(line.split("|")[-2]) < 1e-5 for line in written[2 : 2 + len(DECOMPOSED + ALL_ROWS)])
+    assert len(written) - 2 >= 35
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Negative controls: a term that is left out is noticed, by the table and by the call itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def without_mask(module, x, query, key, value, mask):
+    return query, key, value, None
+
+
+def without_rotation(module, x, query, key, value, mask):
+    unrotated = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))[:, :, 1].transpose(1, 2)
+    return query, module.k_norm(unrotated), value, mask
+
+
+def without_query_bias(module, x, query, key, value, mask):
+    return query - module.q_bias.reshape(module.num_heads, 1, -1), key, value, mask
+
+
+def without_value_bias(module, x, query, key, value, mask):
+    return query, key, value - module.v_bias.reshape(module.num_heads, 1, -1), mask
+
+
+@pytest.mark.parametrize(
+    "family, term_left_out",
+    [
+        ("rotary position embedding", without_rotation),
+        ("DINOv3", without_rotation),
+        ("BEiT", without_mask),  # it carries the relative position bias
+        ("BEiT", without_query_bias),
+        ("BEiT", without_value_bias),
+        ("DINOv3 with biases", without_value_bias),
+        ("NaFlexViT, padded batch", without_mask),
+    ],
+)
+def test_negative_control(family, term_left_out):
+    row, inputs = row_of(family), {}
+    init = daam_core._FusedAttention.__init__
+
+    def told(self, site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        init(self, site, w, output, *term_left_out(site.module, inputs[site.module], query, key, value, attn_mask))
+
+    def make():
+        model = row.make()
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]}))
+        return model
+
+    control = dataclasses.replace(row, make=make)
+    assert measure(control).error < 1e-5
+    with mock.patch.object(daam_core._FusedAttention, "__init__", told):
+        with pytest.raises(UnsupportedModel, match=r"^model: the attention of .* is not the sum of its semantic maps"):
+            measure(control)
+        with mock.patch.object(daam_core, "_check_backward"):
+            assert measure(control).error > 5e-3
+
+
+class DropsAlways(Attention):
+    """Attention dropout that forgets about eval mode: what comes out is not the attention row times the values."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def test_attention_that_is_not_the_sum_of_its_maps_is_refused():
+    with pytest.raises(UnsupportedModel, match="is not the sum of its semantic maps"):
+        attention_flow(tiny_vit(attn_layer=DropsAlways), random_images(2, 3, 32, 32))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rows="patches": models whose score reads the mean of the patch tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plain_all_rows(model, image, target, importance):
+    """ReLU(sum_c V[j]_c (A^T w(C))[j]_c) of one image, `(L, h, w)`, with whole attention matrices."""
+    model = copy.deepcopy(model)
+    x, decomposed = model._pos_embed(model.patch_embed(image[None])), []
+    for block in model.blocks:
+        attn = block.attn
+        q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))[0].permute(1, 2, 0, 3)
+        A = (q @ k.transpose(1, 2) * attn.scale).softmax(-1)
+        v.retain_grad()
+        T = A @ v
+        T.retain_grad()
+        decomposed.append((A, v, T))
+        x = x + block.ls1(attn.proj(T.transpose(0, 1).flatten(1)[None]))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    feature = model.forward_head(model.norm(x), pre_logits=True)[0]
+    (model.head(feature)[target] if importance is None else feature @ importance).backward()
+    w = torch.relu if importance is None else lambda c: c
+    maps = [(v * (A.transpose(1, 2) @ w(T.grad))).sum((0, 2)).relu() for A, v, T in decomposed]
+    if importance is not None:  # with w = identity it is V * dY/dV
+        for (_, v, _), tokens in zip(decomposed, maps):
+            torch.testing.assert_close(tokens, (v * v.grad).sum((0, 2)).relu(), rtol=1e-4, atol=1e-6)
+    return torch.stack(maps)[:, model.num_prefix_tokens :].unflatten(1, (4, 4)).detach()
+
+
+@pytest.mark.parametrize("importance", [None, random_images(WIDTH)], ids=["target", "importance"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "open"])
+@pytest.mark.parametrize(
+    "options",
+    [{"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2, "global_pool": "avg"}, {}],
+    ids=["mean", "no class token", "registers", "class token read"],
+)
+def test_all_rows_match_the_derivation(options, fused, importance):
+    model, images = tiny_vit(**options, fc_norm=False), random_images(2, 3, 32, 32)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    target = None if importance is not None else [1, 4]
+    flow = attention_flow(model, images, target, importance, rows="patches")
+    assert flow.rows == "patches" and flow.decomposed == "all tokens (rows='patches'), 3 blocks"
+    expected = [plain_all_rows(model, x, t, importance) for x, t in zip(images, target or (0, 0))]
+    assert_same_maps(flow.block_maps, torch.stack(expected))
+
+
+class Grouped(Attention):
+    """Grouped-query attention: all heads share the keys and values of the first."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+        else:
+            x = (q @ k[:, :1].transpose(2, 3) * self.scale).softmax(-1) @ v[:, :1].expand_as(v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rows", ["class", "patches"])
+def test_grouped_query_attention(rows):
+    model, images = tiny_vit(attn_layer=Grouped), random_images(2, 3, 32, 32)
+    fused = attention_flow(model, images, rows=rows)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert_same_maps(fused.block_maps, attention_flow(model, images, rows=rows).block_maps)
+
+
+@pytest.mark.parametrize("rows", ["all", None, 1])
+def test_refused_rows(rows):
+    with pytest.raises(ValueError, match="^rows: expected 'class' or 'patches', got"):
+        attention_flow(tiny_vit(), random_images(1, 3, 32, 32), rows=rows)
+
+
+@pytest.mark.parametrize("family", ["CaiT", "XCiT/16", "PiT", "CrossViT", "MViTv2 with a class token"])
+def test_refused_rows_of_a_family(family):
+    row = row_of(family)
+    with pytest.raises(ValueError, match=r"^rows: 'patches' is not defined for \w+"):
+        attention_flow(row.make(), random_images(1, 3, *row.size), rows="patches")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grids and sizes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_coarse_grids_are_stretched_and_keep_their_sum():
+    site, tokens = daam_core._Site(nn.Identity(), (2, 3), prefix=2), torch.rand(2, 8)
+    grid = daam_core._on_grid(tokens, site, (6, 9))
+    assert grid.shape == (2, 6, 9)
+    torch.testing.assert_close(grid.sum((1, 2)), tokens[:, 2:].sum(1))
+    torch.testing.assert_close(daam_core._on_grid(torch.ones(1, 8), site, (6, 9)), torch.full((1, 6, 9), 1 / 9))
+
+
+def test_naflex_patches_find_their_places():
+    """A padded batch gives each image what it gets alone."""
+    row = row_of("NaFlexViT, padded batch")
+    batch = naflex_batch(model := row.make())
+    together = attention_flow(model, batch, target=[1, 3])
+    assert together.block_maps.shape == (2, 3, 4, 5)
+    for i, (h, w) in enumerate([(4, 4), (3, 5)]):
+        alone = {name: tensor[i : i + 1, : h * w] for name, tensor in batch.items()}
+        expected = torch.zeros(3, 4, 5)
+        expected[:, :h, :w] = attention_flow(model, alone, target=together.target[i].item()).block_maps[0]
+        assert_same_maps(together.block_maps[i : i + 1], expected[None])
+
+
+def test_patches_lie_where_their_cells_say():
+    cells = torch.tensor([[5, 0, 3], [2, 4, 1]])
+    site, tokens = daam_core._Site(nn.Identity(), (2, 3), prefix=1, cells=cells), torch.rand(2, 4)
+    grid = daam_core._on_grid(tokens, site, (2, 3)).flatten(1)
+    for image in range(2):
+        expected = [0.0] * 6
+        for cell, value in zip(cells[image].tolist(), tokens[image, 1:].tolist()):
+            expected[cell] = value
+        assert grid[image].tolist() == expected
+
+
+def test_naflex_batch_that_lacks_a_part():
+    batch = naflex_batch(model := row_of("NaFlexViT, padded batch").make())
+    del batch["patch_coord"]
+    with pytest.raises(ValueError, match="^images: .* patch_coord is missing"):
+        attention_flow(model, batch)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (80, 48)])
+def test_xcit_takes_images_of_every_size(size):
+    flow = attention_flow(row_of("XCiT/16").make(), random_images(1, 3, *size))
+    assert flow.block_maps.shape == (1, 2, size[0] // 16, size[1] // 16)
+
+
+@pytest.mark.parametrize(
+    "family, size, match",
+    [
+        ("PiT", (64, 72), "takes 64 x 64 pixels, got 64 x 72"),
+        ("TNT", (32, 32), "takes 64 x 64 pixels, got 32 x 32"),
+        ("VOLO", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
+        ("CaiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32"),
+        ("MViTv2 with a class token", (64, 72), "not a multiple of the patch, 32 x 32"),
+        ("NaFlexViT", (32, 36), "not a multiple of the patch, 8 x 8"),
+    ],
+)
+def test_refused_sizes(family, size, match):
+    with pytest.raises(ValueError, match=f"^images: .*{match}"):
+        attention_flow(row_of(family).make(), random_images(1, 3, *size))
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model"])
+def test_refused_sizes_of_transformers(name):
+    model = support_table.from_transformers("", name).make()
+    with pytest.raises(ValueError, match=r"^images: .*(takes 32 x 32 pixels|multiple of the patch, 8 x 8)"):
+        attention_flow(model, random_images(1, 3, 36, 36), importance=torch.ones(WIDTH))
+
+
+def test_refused_size_of_torchvision():
+    with pytest.raises(ValueError, match="^images: the model takes 32 x 32 pixels, got 40 x 40"):
+        attention_flow(tiny_torchvision(), random_images(1, 3, 40, 40))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other libraries, and models of no known family
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images():
+    return random_images(2, 3, 32, 32)
+
+
+def test_torchvision_agrees_with_timm(images):
+    """The same weights in both; without gradients, nn.MultiheadAttention has a path that hides its attention."""
+    model, timms = tiny_torchvision(), tiny_vit(mlp_ratio=2.0)
+    with torch.no_grad():
+        timms.cls_token.copy_(model.class_token)
+        timms.pos_embed.copy_(model.encoder.pos_embedding)
+        pairs = [(timms.patch_embed.proj, model.conv_proj), (timms.norm, model.encoder.ln)]
+        pairs += [(timms.head, model.heads.head)]
+        for block, layer in zip(timms.blocks, model.encoder.layers):
+            attention = layer.self_attention
+            block.attn.qkv.weight.copy_(attention.in_proj_weight)
+            block.attn.qkv.bias.copy_(attention.in_proj_bias)
+            pairs += [(block.norm1, layer.ln_1), (block.attn.proj, attention.out_proj), (block.norm2, layer.ln_2)]
+            pairs += [(block.mlp.fc1, layer.mlp[0]), (block.mlp.fc2, layer.mlp[3])]
+        for theirs, layer in pairs:
+            theirs.load_state_dict(layer.state_dict())
+    expected = attention_flow(timms, images)
+    for mode in (torch.enable_grad, torch.no_grad):
+        model.requires_grad_(mode is torch.enable_grad)
+        with mode():
+            flow = attention_flow(model, images)
+        torch.testing.assert_close(flow.output, expected.output, rtol=1e-4, atol=1e-5)
+        assert_same_maps(flow.block_maps, expected.block_maps, 1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "open"])
+def test_model_of_no_known_family(fused, images):
+    """A ViT that is nobody's class, with timm's weights: its run says where the class token attends to the patches."""
+    timms = tiny_vit()
+    model = Plain(timms, fused)
+    flow, expected = attention_flow(model, images), attention_flow(timms, images)
+    assert daam_core._library(model) == "" and flow.decomposed == "class token, 3 blocks"
+    assert_same_maps(flow.block_maps, expected.block_maps)
+
+
+class Plain(nn.Module):
+    """The forward of a ViT, written down once more, around the layers of one."""
+
+    def __init__(self, vit, fused=True):
+        super().__init__()
+        self.layers, self.fused = vit, fused
+
+    def attend(self, q, k, v):
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1) @ v
+
+    def tokens(self, x):
+        x = self.layers.patch_embed(x)
+        return torch.cat([self.layers.cls_token.expand(len(x), -1, -1), x], 1) + self.layers.pos_embed
+
+    def pool(self, x):
+        return x[:, 0]
+
+    def forward(self, x):
+        x = self.tokens(x)
+        for block in self.layers.blocks:
+            q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+            x = x + block.attn.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
+        return self.layers.head(self.pool(self.layers.norm(x)))
+
+
+class PlainMean(Plain):
+    def pool(self, x):
+        return x[:, 1:].mean(1)
+
+
+class PlainBoth(Plain):
+    def pool(self, x):
+        return x[:, 0] + x[:, 1:].mean(1)
+
+
+class PlainClassLast(Plain):
+    def tokens(self, x):
+        return super().tokens(x).roll(-1, 1)
+
+    def pool(self, x):
+        return x[:, -1]
+
+
+class PlainRegister(Plain):
+    def tokens(self, x):
+        x = super().tokens(x)
+        return torch.cat([x, x[:, :1]], 1)
+
+
+class PlainWithoutConvolution(Plain):
+    def tokens(self, x):
+        conv = self.layers.patch_embed.proj
+        x = F.unfold(x, 8, stride=8).transpose(1, 2) @ conv.weight.flatten(1).T + conv.bias
+        return torch.cat([self.layers.cls_token.expand(len(x), -1, -1), x], 1) + self.layers.pos_embed
+
+
+class PlainChannels(Plain):
+    """Attention between channels, as in XCiT."""
+
+    def attend(self, q, k, v):
+        return super().attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)).transpose(2, 3)
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (PlainMean, "^model: the score of PlainMean reads the patch tokens and not the class token"),
+        (PlainBoth, "^model: the score of PlainBoth reads the patch tokens besides the class token"),
+        (PlainClassLast, "^model: the score of PlainClassLast reads the patch tokens and not the class token"),
+        (PlainRegister, r"^model: PlainRegister is of no family that is known.*18 to 18 tokens.* 1 \+ 4 x 4 tokens"),
+        (PlainWithoutConvolution, "^model: .* not that of a class token and patches from a convolution"),
+        (PlainChannels, r"^model: PlainChannels is of no family that is known.*12 to 12 tokens"),
+    ],
+)
+def test_refused_models_of_no_known_family(make, match, images):
+    with pytest.raises(UnsupportedModel, match=match):
+        attention_flow(make(tiny_vit()), images)
+
+
+def test_encoder_of_torch_is_seen(images):
+    """nn.TransformerEncoder hides its attention twice: behind its own fast path and behind nn.MultiheadAttention."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 24, 8, 8)
+            self.token = nn.Parameter(torch.zeros(1, 1, 24))
+            layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            self.head = nn.Linear(24, 5)
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.head(self.encoder(torch.cat([self.token.expand(len(x), -1, -1), x], 1))[:, 0])
+
+    model = build(Encoder).requires_grad_(False)
+    with torch.no_grad():
+        flow = attention_flow(model, images)
+    assert flow.block_maps.shape == (2, 3, 4, 4) and (flow.block_maps > 0).float().mean() > 0.2
+    torch.testing.assert_close(flow.output, model(images))
+
+
+FEATURES = {
+    "ViTForImageClassification": (lambda m, x: m.vit(x).last_hidden_state[:, 0], 5),
+    "BeitForImageClassification": (lambda m, x: m.beit(x).pooler_output, 5),
+    "Dinov2ForImageClassification": (
+        lambda m, x: torch.cat([(t := m.dinov2(x).last_hidden_state)[:, 0], t[:, 1:].mean(1)], 1), 5,
+    ),
+    "DeiTForImageClassificationWithTeacher": (lambda m, x: m.deit(x).last_hidden_state[:, 0], 5),
+    "ViTModel": (lambda m, x: m(x).last_hidden_state[:, 0], 0),
+    "DINOv3ViTModel": (lambda m, x: m(x).pooler_output, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_of_transformers(name, images):
+    model = support_table.from_transformers("", name).make()
+    expected, classes = FEATURES[name]
+    with torch.no_grad():
+        torch.testing.assert_close(features(model, images), expected(model, images))
+    assert num_classes(model) == classes
+
+
+def test_features_of_torchvision_and_timm(images):
+    model = tiny_torchvision()
+    with torch.no_grad():
+        assert torch.equal(model.heads(features(model, images)), model(images))
+        assert num_classes(model) == 5 and not model.heads._forward_pre_hooks
+        timms = tiny_vit()
+        assert torch.equal(timms.head(features(timms, images)), timms(images)) and num_classes(timms) == 5
+        headless = tiny_vit(num_classes=0)
+        assert torch.equal(features(headless, images), headless(images)) and num_classes(headless) == 0
+        assert torch.equal(features(Plain(headless), images), Plain(headless)(images))
+
+
+def test_transformers_without_classifier_needs_importance(images):
+    model = support_table.from_transformers("", "ViTModel").make()
+    with pytest.raises(ValueError, match="^importance: the model has no classifier"):
+        attention_flow(model, images)
+
+
+@pytest.mark.parametrize("family", ["ViT", "XCiT/16", "CrossViT", "differential attention"])
+def test_nothing_is_left_behind(family):
+    row = row_of(family)
+    model = row.make().train()
+    images = random_images(2, 3, *row.size)
+
+    def state():
+        hooks = [(k, list(v)) for m in model.modules() for k, v in vars(m).items() if "hooks" in k and v is not None]
+        flags = [(m.training, getattr(m, "fused_attn", None)) for m in model.modules()]
+        return hooks, flags, [set(vars(m)) for m in model.modules()], [p.grad for p in model.parameters()]
+
+    before = state()
+    attention_flow(model, images)
+    assert state() == before
+    with pytest.raises(ValueError, match="out of range"):
+        attention_flow(model, images, target=10_000)
+    assert state() == before
+
+
+class Subclass(VisionTransformer):
+    """Somebody's own class on top of timm's."""
+
+
+def test_subclasses_belong_to_the_family_of_their_base(images):
+    theirs, ours = attention_flow(tiny_vit(), images), attention_flow(tiny_vit(Subclass), images)
+    assert_same_maps(ours.block_maps, theirs.block_maps)
