@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
@@ -44,6 +45,7 @@ def flow_options(
     output_dir: str | Path,
     device: str,
     norm: bool,
+    rows: str,
     size: str | int,
     duration: int,
 ) -> Parser:
@@ -57,7 +59,12 @@ def flow_options(
         default=[image],
         help=f"image files or folders of them (default: {Path(image).name})",
     )
-    add("--model", metavar="NAME", default=argparse.SUPPRESS, help=f"timm name or embedded model (default: {model})")
+    add(
+        "--model",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help=f"timm name, hf:NAME, torchvision:NAME or embedded model (default: {model})",
+    )
     add(
         "--checkpoint",
         metavar="FILE",
@@ -77,6 +84,13 @@ def flow_options(
         action=argparse.BooleanOptionalAction,
         default=norm,
         help="min-max normalise every block's map (default: %(default)s)",
+    )
+    add(
+        "--rows",
+        choices=["class", "patches"],
+        default=rows,
+        help="whose attention: of the class token, or of all tokens, for heads that average the patches "
+        "(default: %(default)s)",
     )
     add(
         "--size",
@@ -199,7 +213,13 @@ def explain_photos(
 
 
 def manifest(
-    file: Path, photo: Image.Image, images: Tensor, loaded: LoadedModel, options: argparse.Namespace, **more
+    file: Path,
+    photo: Image.Image,
+    images: Tensor,
+    loaded: LoadedModel,
+    flow: AttentionFlow,
+    options: argparse.Namespace,
+    **more,
 ) -> dict:
     """What flow.json says of every flow, and `more`."""
     device = str(next(loaded.model.parameters()).device)
@@ -210,8 +230,15 @@ def manifest(
         "image": {"file": str(file), "sha256": sha256(file), "width": photo.width, "height": photo.height},
         **more,
         "input_size": list(images.shape[1:]),
-        "num_prefix_tokens": loaded.model.num_prefix_tokens,
-        "settings": {"norm": options.norm, "size": options.size, "duration": options.duration, "device": device},
+        "decomposed": flow.decomposed,
+        "num_prefix_tokens": flow.num_prefix_tokens,
+        "settings": {
+            "rows": flow.rows,
+            "norm": options.norm,
+            "size": options.size,
+            "duration": options.duration,
+            "device": device,
+        },
         "versions": versions(*PACKAGES),
     }
 
@@ -241,7 +268,7 @@ def save_result(
     index, name, share = explained
     name = name.split(", ")[0]
     folder = folder.with_name(f"{folder.name}-{file_name(name)}")
-    caption = f"{name}: {share.split(',')[0].strip()}\n{loaded.name}"
+    caption = f"{name}: {share.split(',')[0].strip()}\n{loaded.name}\n" + textwrap.fill(flow.decomposed, 34)
     if index != classes[0][0]:
         caption += f"\npredicted: {classes[0][1].split(', ')[0]} {classes[0][2].split(',')[0].strip()}"
     tqdm.write("\n".join(f"  {share}  {index:>4}  {name}" for index, name, share in classes))
@@ -252,7 +279,7 @@ def save_result(
     if photo.width * photo.height > LARGE:
         tqdm.write(f"  frames of {photo.width} x {photo.height} pixels take a while; --size 1024 is faster")
     save_flow(folder, photo, flow, caption=caption, manifest=told, duration=options.duration, pictures=pictures)
-    tqdm.write(f"  explained: {index} {name} -> {folder / 'flow.gif'}")
+    tqdm.write(f"  explained: {index} {name} ({flow.decomposed}) -> {folder / 'flow.gif'}")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,9 +1,12 @@
 """Models: names, hub cache, checkpoints, class names; images: every kind of file that people have."""
 
+import argparse
 import http.server
+import re
 import shutil
 import socket
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +43,7 @@ def test_pth_layouts(tiny, tmp_path, key, prefix):
     torch.save({key: state, "epoch": 3} if key else state, tmp_path / "weights.pth")
     loaded = load(TINY, tmp_path / "weights.pth")
     assert same_weights(loaded.model, tiny.state_dict())
-    assert loaded.model.num_classes == 7 and not loaded.model.training
+    assert loaded.model.num_classes == loaded.num_classes == 7 and not loaded.model.training
     assert loaded.name == TINY and loaded.checkpoint == tmp_path / "weights.pth" and loaded.class_names is None
 
 
@@ -61,7 +64,7 @@ def test_safetensors_with_metadata_names_itself(tiny, tmp_path):
 def test_the_projection_head_beside_a_backbone_is_left_out(tiny, tmp_path):
     backbone = {f"module.backbone.{n}": v for n, v in tiny.state_dict().items() if not n.startswith("head.")}
     torch.save({"teacher": backbone | {"module.head.mlp.0.weight": torch.zeros(3, 3)}}, tmp_path / "dino.pth")
-    assert load(TINY, tmp_path / "dino.pth").model.num_classes == 0
+    assert load(TINY, tmp_path / "dino.pth").num_classes == 0
 
 
 def test_a_classifier_beside_a_backbone_is_kept_and_strangers_are_named(tiny, tmp_path):
@@ -72,6 +75,57 @@ def test_a_classifier_beside_a_backbone_is_kept_and_strangers_are_named(tiny, tm
     torch.save(state | {"projector.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="1 keys unknown .projector.weight."):
         load(TINY, tmp_path / "w.pth")
+
+
+XCIT = "xcit_nano_12_p16_224"
+
+
+def by_facebook(state):
+    """The weights of timm's XCiT under the names that they have in facebookresearch/xcit."""
+    theirs = {}
+    for name, value in state.items():
+        if re.search(r"cls_attn_blocks\.\d+\.attn\.[kv]\.", name):
+            continue
+        if ".attn.q." in name:
+            value = torch.cat([state[name.replace(".q.", f".{x}.")] for x in "qkv"])
+            name = name.replace(".q.", ".qkv.")
+        theirs[name.replace("pos_embed.", "pos_embeder.")] = value
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def xcit():
+    torch.manual_seed(0)
+    model = timm.create_model(XCIT, num_classes=0)
+    for value in [*model.parameters(), *model.buffers()]:
+        value.data.copy_(torch.rand_like(value, dtype=torch.float32) * 100)  # two tensors alike would hide a mix-up
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_self_supervised_xcit_in_the_layout_of_dino(xcit, tmp_path, full):
+    backbone = by_facebook(xcit)
+    assert sum("pos_embeder" in name for name in backbone) == 2 and sum("cls_attn" in name for name in backbone) > 20
+    assert len(backbone) == len(xcit) - 8  # two blocks, in which q, k, v are one; weight and bias
+    if full:
+        head = {"mlp.0.weight": torch.zeros(3, 3), "last_layer.weight_g": torch.zeros(3, 1)}
+        teacher = {f"module.backbone.{k}": v for k, v in backbone.items()}
+        teacher |= {f"module.head.{k}": v for k, v in head.items()}
+        backbone = {
+            "student": {k: torch.zeros_like(v) for k, v in teacher.items()},
+            "teacher": teacher,
+            "optimizer": {"state": {0: {"step": 7}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+            "epoch": 300,
+            "args": argparse.Namespace(
+                arch="xcit_small_12_p16", local_crops_scale=(0.05, 0.25), output_dir=Path("out")
+            ),
+            "dino_loss": {"center": torch.zeros(1, 3)},
+            "fp16_scaler": None,
+        }
+    torch.save(backbone, tmp_path / "dino_xcit.pth")
+    loaded = load(XCIT, checkpoint=tmp_path / "dino_xcit.pth")
+    assert same_weights(loaded.model, xcit)
+    assert loaded.num_classes == 0 and loaded.size == (224, 224)
 
 
 def test_an_embedded_name_takes_no_checkpoint(tmp_path):
@@ -133,6 +187,8 @@ def test_unreadable_checkpoints(tmp_path, capsys, name, write, message):
 def test_unknown_name_gets_suggestions():
     with pytest.raises(ValueError, match=r"model: 'deit_smal_patch16_224' .* did you mean .*deit_small_patch16_224"):
         load("deit_smal_patch16_224")
+    with pytest.raises(ValueError, match=r"did you mean xcit_small_12_p16_224, xcit_small_12_p16_384"):
+        load("xcit_small_12_p16")
     with pytest.raises(ValueError, match="model: name one"):
         load()
 
@@ -158,7 +214,7 @@ def test_cached_weights_are_used_without_asking_the_network(tmp_path, monkeypatc
     state = timm.create_model(TINY).state_dict()
     file = fake_cache(tmp_path, timm.get_pretrained_cfg(TINY).hf_hub_id, state)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_reachable", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr(models.weights, "reachable", lambda *_: pytest.fail("the network was asked"))
     loaded = load(TINY)
     assert same_weights(loaded.model, state)
     assert loaded.checkpoint.samefile(file)
@@ -192,10 +248,10 @@ def test_reachable():
             (403, False),
             (407, False),
         ):
-            assert models._reachable(f"http://127.0.0.1:{server.server_port}") == reachable, Answer.status
+            assert models.weights.reachable(f"http://127.0.0.1:{server.server_port}") == reachable, Answer.status
         server.shutdown()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
-        assert not models._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)
+        assert not models.weights.reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)
 
 
 def test_the_transform_squashes_and_follows_the_data_config(tiny, tmp_path):

@@ -1,0 +1,397 @@
+"""The libraries that models come from: timm, Hugging Face transformers and torchvision; a `Source` out of each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torchvision.models
+from huggingface_hub import constants as hub
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from models.weights import (
+    WeightsUnavailable,
+    embedded_names,
+    fill,
+    first_line,
+    in_hub_cache,
+    in_torch_cache,
+    misfits,
+    read_checkpoint,
+    require_server,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with its weights, and what its library says of its input and its classes."""
+
+    name: str
+    model: nn.Module
+    num_classes: int
+    class_names: list[str] | None
+    checkpoint: Path | None
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    """Pillow's name of it: bilinear, bicubic, ..."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# timm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def from_timm(name: str) -> Source:
+    """With timm's own weights, from its hub or the cache."""
+    _check_name(name)
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        config = None
+    if config is None or not config.has_weights:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture: give a checkpoint"
+        raise ValueError(f"model: there are no pretrained weights {name!r}; {hint}")
+    file = _timm_file(config)
+    if file is None:
+        require_server(hub.ENDPOINT if config.hf_hub_id else config.url, name)
+    try:
+        overlay = {"file": str(file), "custom_load": file.suffix == ".npz"} if file else None
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # whatever the hub, the network, the disk or timm's own loader raise
+        raise WeightsUnavailable(f"model: the weights of {name} could not be loaded: {first_line(error)}") from error
+    return _timm_source(name, model, None, file or _timm_file(config))
+
+
+def from_checkpoint(name: str | None, path: Path) -> Source:
+    """A timm architecture with the weights of a file; the file may name the architecture."""
+    state, metadata = read_checkpoint(path)
+    architecture = name or metadata.get("architecture")
+    if architecture is None:
+        raise ValueError(f"model: {path.name} does not say what architecture it is; name one")
+    _check_name(architecture)
+    arguments = json.loads(metadata.get("model_args", "{}"))
+    if "num_classes" not in arguments:
+        classifier = get_pretrained_cfg(architecture, allow_unregistered=True).classifier or "head"
+        first = classifier if isinstance(classifier, str) else classifier[0]  # of two heads: distilled DeiT, CrossViT
+        weight = state.get(f"{first}.weight")
+        arguments["num_classes"] = 0 if weight is None else weight.shape[0]
+    model = timm.create_model(architecture, **arguments)
+
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = convert(state, model) if convert else state  # other layouts, another position grid
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {first_line(error)}") from error
+    fill(model, state, path, architecture)
+    return _timm_source(name or path.stem, model, _named_in(metadata), path)
+
+
+def _timm_source(name: str, model: nn.Module, class_names: list[str] | None, checkpoint: Path | None) -> Source:
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    if class_names is None and (subset := infer_imagenet_subset(model)):
+        class_names = ImageNetInfo(subset).label_descriptions()
+    return Source(
+        name, model, model.num_classes, class_names, checkpoint,
+        tuple(size), config["mean"], config["std"], config["interpolation"],
+    )  # fmt: skip
+
+
+def _timm_file(config) -> Path | None:
+    """The file of these weights in the cache of the hub or of torch.hub, without asking the network."""
+    if config.hf_hub_id:
+        names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        return in_hub_cache(config.hf_hub_id, names)
+    return in_torch_cache(config.url)
+
+
+def _check_name(name: str) -> None:
+    """Raise a ValueError for a name that timm does not know, with near ones: of timm, embedded, or with the prefix
+    `hf:` or `torchvision:` that it lacks."""
+    if not timm.is_model(name):
+        known = [*timm.list_models(), *embedded_names()]
+        near = [f"torchvision:{name}"] if name in torchvision.models.list_models() else []
+        near += [f"hf:{name}"] if "/" in name else []
+        near += [other for other in known if other.startswith(name)]
+        near += difflib.get_close_matches(name, known, n=3)
+        near = list(dict.fromkeys(near))[:3]
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all"
+        raise ValueError(f"model: {name!r} is neither a timm name nor an embedded model; {hint}")
+
+
+def _named_in(metadata: dict[str, str]) -> list[str] | None:
+    return json.loads(metadata["class_names"]) if "class_names" in metadata else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face transformers
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+HF_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+
+
+def from_transformers(name: str) -> Source:
+    """A model as `save_pretrained` writes it: a folder, or `organisation/model[@revision]` on the hub.
+
+    It becomes the image classifier that its configuration names, otherwise the bare backbone without a pooling layer.
+    All of its weights must be in the checkpoint, and no code of a repository is run. A model that says nothing of its
+    images (no preprocessor_config.json) gets ViT's defaults: the image size of its configuration, mean and std 0.5.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f'model: hf:{name} needs the package transformers; pip install -e ".[huggingface]"') from error
+
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        name = f"hf:{folder.resolve().name}"
+    else:
+        folder, name = _hub_folder(name), f"hf:{name}"
+    file = _weights_in(folder)
+    if file is None:
+        raise ValueError(f"model: {name} has no {HF_WEIGHTS[0]} or {HF_WEIGHTS[2]}, or not all of its parts")
+    try:
+        with _quiet(transformers.utils.logging):
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config._attn_implementation = None  # transformers' choice for this machine, whatever the file says
+            kind, is_classifier = _class_of(config, transformers)
+            options = {"dtype": torch.float32, "weights_only": True, "ignore_mismatched_sizes": True}
+            if not is_classifier and "add_pooling_layer" in inspect.signature(kind).parameters:
+                options["add_pooling_layer"] = False
+            model, loaded = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
+            report = misfits(
+                {
+                    "missing": sorted(loaded["missing_keys"]),
+                    "of another shape": sorted(k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]),
+                }
+            )
+            if report:
+                raise ValueError(f"{file.name} does not fit {kind.__name__}: {report}")
+            size, mean, std, interpolation = _image_settings(folder, config, transformers)
+    except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
+        raise ValueError(f"model: {name} cannot be loaded: {first_line(error)}") from error
+
+    num_classes = config.num_labels if is_classifier else 0
+    names = [config.id2label.get(i, f"LABEL_{i}") for i in range(num_classes)]
+    unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(names))
+    return Source(name, model, num_classes, None if unnamed else names, file, size, mean, std, interpolation)
+
+
+def _hub_folder(name: str) -> Path:
+    """Where the cache of the hub keeps a repository, `organisation/model[@revision]`; fetched where it is not complete.
+
+    Whether it has a preprocessor_config.json must be known, too: ViT's mean would be the wrong one for most others.
+    """
+    repository, _, revision = name.partition("@")
+    unknown = f"model: hf:{name} is neither a folder nor on the hub, where names are like google/vit-base-patch16-224"
+    try:
+        config = in_hub_cache(repository, [CONFIG], revision or None)
+        processor = try_to_load_from_cache(repository, PROCESSOR, hub.HF_HUB_CACHE, revision or None)
+    except HFValidationError as error:
+        raise ValueError(unknown) from error
+    if config and processor is not None and _weights_in(config.parent):
+        return config.parent
+
+    require_server(hub.ENDPOINT, f"hf:{name}")
+    try:
+        config = _fetch(repository, revision or None)
+    except GatedRepoError as error:
+        raise WeightsUnavailable(
+            f"model: hf:{name} is for those who accept its terms; do so on its page, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(unknown) from error
+    except Exception as error:  # whatever the hub, the network or the disk raise
+        raise WeightsUnavailable(f"model: hf:{name} could not be fetched: {first_line(error)}") from error
+    if config is None:
+        raise ValueError(f"model: hf:{name} has no {CONFIG}; it is no model of transformers")
+    return config.parent
+
+
+def _fetch(repository: str, revision: str | None) -> Path | None:
+    """Fetch what a model needs into the cache; the path of its configuration, None where there is none."""
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision, cache_dir=hub.HF_HUB_CACHE))
+        except LocalEntryNotFoundError:  # the network broke down
+            raise
+        except EntryNotFoundError:  # the cache remembers that, too
+            return None
+
+    config = fetch(CONFIG)
+    if config:
+        fetch(PROCESSOR)
+        weights = next(filter(None, map(fetch, HF_WEIGHTS)), None)
+        for part in _parts(weights) if weights else ():
+            fetch(part)
+    return config
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The weights in a folder, or the index of their parts, all of which must be there."""
+    files = (folder / name for name in HF_WEIGHTS)
+    return next((f for f in files if f.is_file() and all((folder / part).is_file() for part in _parts(f))), None)
+
+
+def _parts(weights: Path) -> list[str]:
+    """The files that an index of sharded weights names; none for any other file."""
+    if weights.suffix != ".json":
+        return []
+    try:
+        return sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"model: {weights} is no index of weights") from error
+
+
+def _class_of(config, transformers) -> tuple[type, bool]:
+    """The class to load, and whether it is an image classifier."""
+    if config.model_type == "timm_wrapper":
+        raise ValueError(f"it is a model of timm; name it {config.architecture}")
+    for architecture in config.architectures or ():
+        if "ForImageClassification" in architecture:
+            if not hasattr(transformers, architecture):
+                raise ValueError(f"transformers {transformers.__version__} has no {architecture}")
+            return getattr(transformers, architecture), True
+    backbone = transformers.MODEL_MAPPING.get(type(config), None)
+    if backbone is None:
+        raise ValueError(f"transformers {transformers.__version__} has no backbone of the type {config.model_type}")
+    return backbone, False
+
+
+def _image_settings(folder: Path, config, transformers) -> tuple:
+    """Size `(H, W)`, mean, std and interpolation of the images that a model was trained on."""
+    if (folder / PROCESSOR).is_file():
+        settings = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()
+    else:
+        settings = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+    size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
+    size = size or getattr(config, "image_size", None)
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"]) if size.get("height") else size.get("shortest_edge")
+    if not size:
+        raise ValueError(f"neither its {PROCESSOR} nor its {CONFIG} knows the size of an image")
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    normal = settings.get("do_normalize", True)
+    mean, std = (settings["image_mean"], settings["image_std"]) if normal else ((0.0,) * 3, (1.0,) * 3)
+    interpolation = Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR)).name.lower()
+    return size, tuple(mean), tuple(std), interpolation
+
+
+@contextmanager
+def _quiet(logging) -> Iterator[None]:
+    """Without the reports and the progress bar that transformers shows of every load."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torchvision
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def from_torchvision(name: str, checkpoint: Path | None) -> Source:
+    """`architecture[.WEIGHTS]` with these weights, or torchvision's default ones; or with those of a file.
+
+    The transform is always that of the named weights, but for the size, which the model itself decides if it is a ViT.
+    """
+    architecture, weights = _torchvision_weights(name)
+    metadata: dict[str, str] = {}
+    if checkpoint is None:
+        model, checkpoint = _torchvision_pretrained(architecture, weights)
+    else:
+        state, metadata = read_checkpoint(checkpoint)
+        model = _torchvision_for(state, architecture, checkpoint)
+        fill(model, state, checkpoint, architecture)
+
+    images, categories = weights.transforms(), list(weights.meta["categories"])
+    num_classes = getattr(model, "num_classes", len(categories))
+    class_names = _named_in(metadata) or (categories if num_classes == len(categories) else None)
+    side = [model.image_size] if hasattr(model, "image_size") else images.crop_size
+    return Source(
+        f"torchvision:{name}", model, num_classes, class_names, checkpoint,
+        (side[0], side[-1]), tuple(images.mean), tuple(images.std), images.interpolation.value,
+    )  # fmt: skip
+
+
+def _torchvision_weights(name: str) -> tuple[str, torchvision.models.WeightsEnum]:
+    """The architecture and the entry of its weights that `architecture[.WEIGHTS]` names."""
+    architecture, _, tag = name.partition(".")
+    known = torchvision.models.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "torchvision.models.list_models() has them all"
+        raise ValueError(f"model: torchvision has no {architecture!r}; {hint}")
+    entries = torchvision.models.get_model_weights(architecture).__members__
+    if (tag or "DEFAULT") not in entries:
+        names = ", ".join(entry for entry in entries if entry != "DEFAULT")
+        raise ValueError(f"model: torchvision's {architecture} has no weights {tag!r}; it has {names}")
+    weights = entries[tag or "DEFAULT"]
+    if not (hasattr(weights.transforms(), "crop_size") and weights.meta.get("categories")):
+        raise ValueError(f"model: torchvision's {architecture} does not classify images")
+    return architecture, weights
+
+
+def _torchvision_pretrained(
+    architecture: str, weights: torchvision.models.WeightsEnum
+) -> tuple[nn.Module, Path | None]:
+    name = f"torchvision:{architecture}"
+    if in_torch_cache(weights.url) is None:
+        require_server(weights.url, name)
+    try:
+        model = torchvision.models.get_model(architecture, weights=weights)
+    except Exception as error:  # whatever the network, the disk or torchvision's own loader raise
+        raise WeightsUnavailable(f"model: the weights of {name} could not be loaded: {first_line(error)}") from error
+    return model, in_torch_cache(weights.url)
+
+
+def _torchvision_for(state: dict[str, Tensor], architecture: str, path: Path) -> nn.Module:
+    """The architecture with the number of classes and the image size of these weights."""
+    arguments = {}
+    try:
+        if "heads.head.weight" in state:
+            arguments["num_classes"] = len(state["heads.head.weight"])
+        if "encoder.pos_embedding" in state:
+            patches = state["encoder.pos_embedding"].shape[1] - 1
+            arguments["image_size"] = state["conv_proj.weight"].shape[-1] * math.isqrt(patches)
+        return torchvision.models.get_model(architecture, **arguments)
+    except Exception as error:  # the weights are of another architecture
+        raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {first_line(error)}") from error

@@ -1,0 +1,157 @@
+"""Files of weights: where they lie, what is in them, and whether the servers that have them answer."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import pathlib
+import pickle
+import queue
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import safetensors
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "pretrainedmodels"
+WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
+"""Keys under which training code stores the weights, the best first (DINO: `teacher`, DeiT: `model`)."""
+PROJECTION_HEADS = ("head.mlp.", "head.last_layer.")
+"""DINO's checkpoints have one beside the backbone; it is no part of the model."""
+HARMLESS = [argparse.Namespace, pathlib.PosixPath]
+"""What else lies in a training checkpoint: its command line. They hold values and run nothing."""
+
+
+class WeightsUnavailable(ValueError):
+    """The weights of a known model are neither cached nor to be fetched."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where they lie
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def embedded_names() -> list[str]:
+    """The models that lie in the repository."""
+    return sorted(file.stem for file in EMBEDDED.glob("*.safetensors"))
+
+
+def in_hub_cache(repository: str, names: list[str], revision: str | None = None) -> Path | None:
+    """The first of these files of a repository that the cache of the hub has."""
+    files = (try_to_load_from_cache(repository, name, hub.HF_HUB_CACHE, revision) for name in names)
+    return next((Path(file) for file in files if isinstance(file, str)), None)
+
+
+def in_torch_cache(url: str) -> Path | None:
+    """Where torch.hub puts what it fetches from there; None where it did not yet."""
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(url).path).name)
+    return file if file.is_file() else None
+
+
+def require_server(url: str, name: str) -> None:
+    """Raise WeightsUnavailable where the server that has the weights of a model does not answer."""
+    if not reachable(url):
+        raise WeightsUnavailable(
+            f"model: the weights of {name} are not cached and {url} cannot be reached; give local ones, "
+            f"or an embedded model ({', '.join(embedded_names())})"
+        )
+
+
+def reachable(url: str, seconds: float = 4) -> bool:
+    """Whether a server answers in time. In a thread, since the look-up of a name takes no time limit."""
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.put(True)
+        except urllib.error.HTTPError as error:  # an answer too, unless a proxy in between lets nothing through
+            answers.put(error.code < 500 and error.code not in (403, 407))
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.put(False)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def architecture_of(checkpoint: str | Path) -> str | None:
+    """The timm name that a checkpoint carries in its metadata, as the embedded ones do; None where it does not."""
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            return (file.metadata() or {}).get("architecture")
+    except Exception:  # of another format, missing or damaged: `load` says which
+        return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights under their plain names, and the metadata of a safetensors file (empty for others).
+
+    Raises:
+        ValueError: when the file is missing, damaged, or holds something that is not a tensor.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint: there is no file {path}")
+    metadata = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        else:
+            with torch.serialization.safe_globals(HARMLESS):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint: {path.name} is damaged, or holds more than tensors and is not loaded") from error
+    except Exception as error:  # torch, zipfile and safetensors raise a dozen kinds for a damaged file
+        raise ValueError(f"checkpoint: {path.name} cannot be read: {first_line(error)}") from error
+
+    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
+        state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint: {path.name} has no state dict, not even under {', '.join(WRAPPERS)}")
+    for prefix in ("module.", "_orig_mod.", "module.", "backbone."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not key.startswith(PROJECTION_HEADS)}, metadata
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    """Load a state dict.
+
+    Raises:
+        ValueError: when it is not of this model, key by key and shape by shape.
+    """
+    own = model.state_dict()
+    report = misfits(
+        {
+            "missing": [key for key in own if key not in state],
+            "unknown": [key for key in state if key not in own],
+            "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        }
+    )
+    if report:
+        raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {report}")
+    model.load_state_dict(state)
+
+
+def misfits(keys: dict[str, list[str]]) -> str:
+    """The keys that do not fit, after what is wrong with them; empty where nothing is."""
+    return "; ".join(
+        f"{len(k)} keys {what} ({', '.join(k[:3])}{', ...' * (len(k) > 3)})" for what, k in keys.items() if k
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
