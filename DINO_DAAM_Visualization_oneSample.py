@@ -43,8 +43,9 @@ HERE = Path(__file__).parent
 # What to explain: a file, or a folder of images.
 IMAGE = HERE / ".img" / "coffee.png"
 
-# The model: any timm Vision Transformer whose feature is the class token (its weights are fetched by timm), or the
-# embedded "vit_small_patch14_selfsupervised". Where the default or its bank cannot be had, the embedded pair steps in.
+# The model: a Vision Transformer of timm or of transformers ("hf:facebook/dinov2-small"), whose weights are fetched, or
+# the embedded "vit_small_patch14_selfsupervised". Where the default or its bank cannot be had, the embedded pair steps
+# in.
 MODEL = "vit_small_patch8_224.dino"
 
 # A local file of weights for MODEL (.safetensors, .pth), or None. For the default MODEL, the file that the authors of
@@ -73,6 +74,10 @@ DEVICE = "auto"
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
 
+# Whose attention: "class" is that of the class token, as in the paper; "patches" that of all tokens, for models whose
+# head averages the patches.
+ROWS = "class"
+
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
 # the longer side in pixels (large photos make large GIFs).
 SIZE = "image"
@@ -89,7 +94,7 @@ BANKS, EMBEDDED_BANK = HERE / "memorybank" / "DINO" / "ImageNet2012", HERE / "me
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, norm=NORM, size=SIZE, duration=DURATION,
+        device=DEVICE, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
     )  # fmt: skip
     add, count, shown = parser.add_argument, number(int, 1, 10**9), "(default: %(default)s)"
     add("--bank", metavar="DIR", default=BANK, help="the memory bank (default: the one that belongs to the model)")
@@ -116,7 +121,7 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int |
         loaded = load_of_bank(bank, options)
     else:
         loaded, bank = default_pair(options)
-    bank.check_model(loaded.name, loaded.model.head_hidden_size, weights_sha256(loaded.model))
+    bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
     if options.k > len(bank.labels):
         raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}")
     if options.target is None:
@@ -127,7 +132,7 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int |
 def load_of_bank(bank: MemoryBank, options: argparse.Namespace) -> LoadedModel:
     """The model that a bank names; DINO's where it names none, or where the options name it."""
     name = getattr(options, "model", bank.metadata.get("model", DEFAULT))
-    if not (timm.is_model(name) or name in embedded_names()):
+    if not (":" in name or timm.is_model(name) or name in embedded_names()):
         file = (bank.metadata.get("checkpoint") or {}).get("file", name)
         raise ValueError(f"checkpoint: the bank {options.bank} was built with {file}; give it with --checkpoint")
     return load_unnamed(name, options)
@@ -174,7 +179,7 @@ def explain(
         wide = bank.vote(similarities, rows, options.temperature)
         return bank.importance_of(features, wide, vote.prediction if target is None else target)
 
-    flow = attention_flow(loaded.model, images, importance=importance, norm=options.norm)
+    flow = attention_flow(loaded.model, images, importance=importance, norm=options.norm, rows=options.rows)
     votes, labels = vote.votes[0], vote.labels[0]
 
     def describe(k: int) -> dict:
@@ -191,7 +196,7 @@ def explain(
     same = sum(n["index"] == explained["index"] for n in neighbours)
     headline = f"{same} of the {asked} nearest neighbours are {short_name}"
     told = manifest(
-        file, photo, images, loaded, options,
+        file, photo, images, loaded, flow, options,
         target=explained | {"requested": options.target},
         top5=top5,
         bank={

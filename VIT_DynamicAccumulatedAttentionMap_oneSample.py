@@ -32,8 +32,9 @@ from models.images import read_image
 # What to explain: a file, or a folder of images.
 IMAGE = Path(__file__).parent / ".img" / "coffee.png"
 
-# The model: any timm Vision Transformer whose head reads the class token (its weights are fetched by timm), or the
-# embedded "vit_small_patch14_caltech101". Where the weights of the default cannot be had, the embedded model steps in.
+# The model: a Vision Transformer of timm, of transformers ("hf:google/vit-base-patch16-224"), of torchvision
+# ("torchvision:vit_b_16"), whose weights are fetched, or the embedded "vit_small_patch14_caltech101". Where the weights
+# of the default cannot be had, the embedded model steps in.
 MODEL = "deit_small_patch16_224"
 
 # A local file of weights for MODEL (.safetensors, .pth), or None.
@@ -51,6 +52,10 @@ DEVICE = "auto"
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
 
+# Whose attention: "class" is that of the class token, as in the paper; "patches" that of all tokens, for models whose
+# head averages the patches.
+ROWS = "class"
+
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
 # the longer side in pixels (large photos make large GIFs).
 SIZE = "image"
@@ -65,7 +70,7 @@ DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, norm=NORM, size=SIZE, duration=DURATION,
+        device=DEVICE, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
     ).parse_args(arguments)  # fmt: skip
 
 
@@ -79,21 +84,21 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, int | None]:
         except WeightsUnavailable as error:
             going_on(error, FALLBACK)
             loaded = load(FALLBACK, None, find_device(options.device))
-    if loaded.model.num_classes == 0:
+    if loaded.num_classes == 0:
         raise ValueError(
             f"model: {loaded.name} has no classifier, so there is no class score to explain; "
             f"DINO_DAAM_Visualization_oneSample.py explains such models"
         )
     if options.target is None:
         return loaded, None
-    return loaded, find_class(str(options.target), loaded.class_names, loaded.model.num_classes)
+    return loaded, find_class(str(options.target), loaded.class_names, loaded.num_classes)
 
 
 def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, options: argparse.Namespace) -> None:
     """Explain one photo, print its classes and write its results to `folder`-<class>."""
     photo = read_image(file)
     images = loaded.transform(photo).unsqueeze(0)
-    flow = attention_flow(loaded.model, images, target, norm=options.norm)
+    flow = attention_flow(loaded.model, images, target, norm=options.norm, rows=options.rows)
 
     scores = flow.output[0].float()
     probabilities = scores.softmax(0)
@@ -107,7 +112,9 @@ def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, o
 
     top5 = [describe(k) for k in scores.topk(min(5, len(scores))).indices.tolist()]
     explained = describe(flow.target.item())
-    told = manifest(file, photo, images, loaded, options, target=explained | {"requested": options.target}, top5=top5)
+    told = manifest(
+        file, photo, images, loaded, flow, options, target=explained | {"requested": options.target}, top5=top5
+    )
     tqdm.write(f"{file}")
     save_result(folder, flow, photo, loaded, options, [row(c) for c in top5], row(explained), told)
 

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add, shown = make.add_argument, "(default: %(default)s)"
-    add("--model", metavar="NAME", help="timm name or embedded model")
+    add("--model", metavar="NAME", help="timm name, hf:NAME, torchvision:NAME or embedded model")
     add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
     add("--train", type=Path, required=True, metavar="FOLDER", help="images, one sub-folder a class")
     add("--test", type=Path, metavar="FOLDER", help="other images of the same classes, for eval")

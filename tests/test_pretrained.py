@@ -80,7 +80,7 @@ def test_the_backbone(pair):
         assert not [key for key in file.keys() if key.startswith("head")]  # noqa: SIM118
     loaded, bank = pair
     assert BACKBONE.stat().st_size < 46_000_000 and loaded.model.num_classes == 0 and loaded.size == (224, 224)
-    bank.check_model(loaded.name, loaded.model.head_hidden_size, weights_sha256(loaded.model))
+    bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
     for card in (BACKBONE.with_suffix(".md"), BANK / "README.md"):
         assert "@@" not in card.read_text(encoding="utf-8")
 

@@ -50,6 +50,8 @@ def run(command, folder):
         "PYTHONPATH": str(ROOT),
         "HF_HUB_CACHE": str(folder / "no"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
+        "TORCH_HOME": str(folder / "no"),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
     }
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
@@ -63,6 +65,15 @@ def test_commands_with_options(line, place):
     assert result.returncode == 0, result.stderr
     if script in SCRIPTS and "--help" not in options:
         assert (place / result.stdout.splitlines()[-1].split(" -> ")[1]).is_file()
+
+
+@pytest.mark.parametrize("line", block("libraries").splitlines())
+def test_commands_that_fetch_weights(line, place):
+    """Without a hub they get as far as the weights."""
+    program, script, *options = shlex.split(line)
+    result = run([sys.executable, ROOT / script, *options], place)
+    assert program == "python" and result.returncode == 2
+    assert re.fullmatch("error: model: the weights of .* are not cached and .* cannot be reached; .*\n", result.stderr)
 
 
 def test_api_example(place):

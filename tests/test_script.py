@@ -16,8 +16,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from PIL import Image
 from test_models import fake_cache
+from tiny_models import build, tiny_timm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
@@ -175,7 +177,7 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
         (["--device", "meta"], ["device: 'meta' cannot be used"]),
         (["--checkpoint", "gone.pth"], ["checkpoint: there is no file gone.pth"]),
         (["--model", "deit_smal"], ["model: 'deit_smal' is neither a timm name nor an embedded model"]),
-        (["--model", "swin_tiny_patch4_window7_224", "--checkpoint", "swin.pth"], ["has no class token"]),
+        (["--model", "swin_tiny_patch4_window7_224", "--checkpoint", "swin.pth"], ["uses windowed attention"]),
         (["--model", "vit_tiny_patch16_224", "--checkpoint", "headless.pth"], ["has no classifier"]),
         (["--duration", "0"], ["--duration: expected 20 to 60000 milliseconds"]),
         (["--size", "huge"], ["--size: expected image, model, or 32 to 8192 pixels"]),
@@ -222,3 +224,84 @@ def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))  # fmt: skip
     one_line_error(result, "File too large")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other families and other libraries
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def saved(name, file, **options):
+    """Random weights of a timm model, large enough that its attention is not flat."""
+    safetensors.torch.save_file(tiny_timm(name, **options).state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "name, decomposed, maps",
+    [
+        ("cait_xxs24_224", "class token, 2 class-attention blocks", (2, 14, 14)),
+        ("deit_tiny_distilled_patch16_224", "class and distillation token, 12 blocks", (12, 14, 14)),
+    ],
+)
+def test_other_families(name, decomposed, maps, offline, tmp_path):
+    weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
+    result = run("--model", name, "--checkpoint", weights, "--target", 2, "--output-dir", tmp_path / "out", env=offline)
+    assert result.returncode == 0, result.stderr
+    assert f"explained: 2 class 2 ({decomposed}) -> " in result.stdout
+    folder = tmp_path / "out" / name / "coffee-class_2"
+    flow = json.loads((folder / "flow.json").read_text())
+    assert flow["decomposed"] == decomposed and flow["settings"]["rows"] == "class"
+    assert [flow["blocks"], *flow["grid"]] == list(maps) == list(np.load(folder / "maps.npz")["block_maps"].shape)
+    assert flow["num_prefix_tokens"] == 1 + ("distilled" in name)
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.n_frames == maps[0]
+
+
+def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
+    weights = saved("vit_tiny_patch16_224", tmp_path / "weights.safetensors", num_classes=4, global_pool="avg")
+    metadata = {"architecture": TINY, "model_args": json.dumps({"num_classes": 4, "global_pool": "avg"})}
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, metadata)
+    options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
+    result = run(*options, env=offline)
+    one_line_error(result, "scores the mean patch token", "global_pool='token'", "--rows patches")
+    result = run(*options, "--rows", "patches", env=offline)
+    assert result.returncode == 0, result.stderr
+    assert "(all tokens (rows='patches'), 12 blocks)" in result.stdout
+    flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
+    assert flow["decomposed"] == "all tokens (rows='patches'), 12 blocks" and flow["settings"]["rows"] == "patches"
+
+
+def test_rows_that_a_family_has_not(offline, tmp_path):
+    weights = saved("cait_xxs24_224", tmp_path / "weights.safetensors", num_classes=4)
+    options = ("--model", "cait_xxs24_224", "--checkpoint", weights, "--rows", "patches")
+    one_line_error(run(*options, env=offline, cwd=tmp_path), "rows: 'patches' is not defined for Cait")
+
+
+def test_transformers_model_from_a_folder(offline, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
+        id2label={0: "cat", 1: "dog", 2: "cup"},
+    )  # fmt: skip
+    model = build(transformers.ViTForImageClassification, config)
+    model.save_pretrained(tmp_path / "mine")
+    result = run("--model", f"hf:{tmp_path / 'mine'}", "--target", "dog", env=offline, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    folder = tmp_path / "results" / "hf_mine" / "coffee-dog"
+    flow = json.loads((folder / "flow.json").read_text())
+    assert flow["model"] == "hf:mine" and flow["target"]["index"] == 1 and flow["grid"] == [4, 4]
+    weights = tmp_path / "mine" / "model.safetensors"
+    assert flow["checkpoint"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_torchvision_model_from_a_checkpoint(offline, tmp_path):
+    state = torchvision.models.vit_b_32(num_classes=3).half().state_dict()
+    torch.nn.init.normal_(state["heads.head.weight"])  # zero when fresh
+    torch.save(state, tmp_path / "mine.pth")
+    options = ("--model", "torchvision:vit_b_32", "--checkpoint", tmp_path / "mine.pth", "--target", 2)
+    result = run(*options, "--size", "model", env=offline, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    folder = tmp_path / "results" / "torchvision_vit_b_32" / "coffee-class_2"
+    maps = np.load(folder / "maps.npz")["block_maps"]
+    assert maps.shape == (12, 7, 7) and (maps > 0).any()

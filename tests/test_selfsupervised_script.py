@@ -16,7 +16,10 @@ import timm
 import torch
 from PIL import Image
 from test_memorybank import TINY, rows, write_bank
+from test_models import by_facebook
 from test_script import ROOT, no_leftovers, offline, one_line_error  # noqa: F401
+from tiny_models import build as build_random
+from tiny_models import tiny_timm
 
 from daam_core import attention_flow
 from memorybank import MemoryBank
@@ -213,8 +216,8 @@ def test_the_bank_says_which_model(offline, tmp_path):  # noqa: F811
         (["--target", "3"], ["target: class 3 is out of range; there are 3 classes"]),
         (["--target", "noise", "--k", "2", "--target-k", "2"],
          ["target: none of the 2 nearest neighbours is of the class noise; they are 2 coffee"]),
-        (["--model", "xcit_nano_12_p16_224", "--checkpoint", "xcit.pth", "--bank", "wide"],
-         ["model: Xcit is not built like a timm VisionTransformer"]),
+        (["--model", "resnet10t", "--checkpoint", "resnet.pth", "--bank", "wide"],
+         ["model: ResNet has no attention that DAAM can see"]),
         (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
         (["--model", "vit_small_patch8_224.dino", "--bank", "wrong", "--checkpoint", None],
          ["model: the weights of vit_small_patch8_224.dino are not cached"]),
@@ -230,9 +233,9 @@ def test_bad_options(offline, weights, own_bank, tmp_path, options, texts):  # n
     write_bank(tmp_path / "other", rows(30, 5), torch.zeros(30).long())
     write_bank(tmp_path / "wrong", rows(30, 48), torch.zeros(30).long(), model="somebody's",
                checkpoint={"file": "mine.pth"}, weights_sha256="1")  # fmt: skip
-    if "xcit.pth" in options:
-        torch.save(timm.create_model("xcit_nano_12_p16_224", num_classes=0).state_dict(), tmp_path / "xcit.pth")
-        write_bank(tmp_path / "wide", rows(30, 128), torch.zeros(30).long())
+    if "resnet.pth" in options:
+        torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "resnet.pth")
+        write_bank(tmp_path / "wide", rows(30, 512), torch.zeros(30).long())
     given = {"--checkpoint": weights, "--bank": own_bank / "bank", "--k": 8} | dict(zip(options[::2], options[1::2]))
     words = [word for name, value in given.items() if value is not None for word in (name, value)]
     one_line_error(run(*words, "--output-dir", "out", env=offline, cwd=tmp_path), *texts)
@@ -244,3 +247,68 @@ def test_the_supervised_script_names_this_one(offline, tmp_path):  # noqa: F811
         "--model", EMBEDDED, env=os.environ | offline, script="VIT_DynamicAccumulatedAttentionMap_oneSample.py"
     )
     one_line_error(result, "has no classifier", f"{SCRIPT} explains such models")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other families
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
+    """A training checkpoint as DINO writes it; a bank is built with it, and the script explains two frames."""
+    name = "xcit_nano_12_p16_224"
+    teacher = by_facebook(tiny_timm(name, num_classes=0).state_dict())
+    teacher = {f"module.backbone.{key}": value for key, value in teacher.items()}
+    teacher |= {"module.head.mlp.0.weight": torch.zeros(8, 128), "module.head.last_layer.weight_v": torch.zeros(9, 8)}
+    torch.save({"student": teacher, "teacher": teacher, "epoch": 300}, tmp_path / "dino_xcit.pth")
+    options = ("--model", name, "--checkpoint", tmp_path / "dino_xcit.pth")
+    command = ("-m", "memorybank", "build", *options, "--train", own_bank / "photos", "--out", tmp_path / "bank")
+    result = subprocess.run(
+        [sys.executable, *map(str, command), "--workers", "0"], cwd=ROOT, env=offline, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+    result = run(*options, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", "--k", 5, env=offline)
+    assert result.returncode == 0, result.stderr
+    assert "(class token, 2 class-attention blocks) -> " in result.stdout
+    folder = next((tmp_path / "out" / name).glob("coffee-*"))
+    flow, maps = json.loads((folder / "flow.json").read_text()), np.load(folder / "maps.npz")
+    assert flow["decomposed"] == "class token, 2 class-attention blocks" and flow["grid"] == [14, 14]
+    assert maps["block_maps"].shape == (2, 14, 14) and (maps["block_maps"] > 0).any()
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.n_frames == 2
+
+    loaded, bank = load(name, tmp_path / "dino_xcit.pth"), MemoryBank.load(tmp_path / "bank")
+    images = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
+    expected = attention_flow(loaded.model, images, importance=lambda f: bank.importance(f, k=5))
+    np.testing.assert_allclose(
+        maps["accumulated"], expected.accumulated[0], atol=1e-4 * float(expected.accumulated.max())
+    )
+
+
+def test_transformers_model_and_its_bank(own_bank, offline, tmp_path):  # noqa: F811
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    build_random(transformers.Dinov2Model, config).save_pretrained(tmp_path / "mine")
+    model = f"hf:{tmp_path / 'mine'}"
+    command = (
+        "-m",
+        "memorybank",
+        "build",
+        "--model",
+        model,
+        "--train",
+        own_bank / "photos",
+        "--out",
+        tmp_path / "bank",
+    )
+    result = subprocess.run(
+        [sys.executable, *map(str, command), "--workers", "0"], cwd=ROOT, env=offline, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    result = run("--model", model, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", env=offline)
+    assert result.returncode == 0, result.stderr
+    flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
+    assert flow["model"] == "hf:mine" and flow["grid"] == [4, 4] and flow["decomposed"] == "class token, 3 blocks"
