@@ -25,10 +25,10 @@ sites). While the model runs, a `TorchFunctionMode` sees the attention inside th
 `scaled_dot_product_attention` (after every norm, bias and rotation), or the matrix that multiplies v where a model
 computes it in the open; and T for all tokens. One backward, for activations only, brings dY/dT_b; L_b is computed the
 moment it arrives, from what the graph keeps anyway and the class token's row of q. Fused attention stays fused, no
-(B, N, C) map is made, and the model is left as it was. At every site sum_j S_b[j] == T_b is checked.
+(B, N, C) map is made, and the model is left as it was. Where attention is fused, sum_j S_b[j] == T_b is checked.
 
-Sections: the flow, the attention that is watched, the families of models (one function and one row of a table each),
-checks of arguments, pictures, files.
+Sections: the flow; the attention that is watched; the families of models, one function and one row of a table each;
+what is checked; from maps to pictures; files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,8 @@ __all__ = [
 
 
 class UnsupportedModel(ValueError):
-    """The decomposition is not defined for this model, or its attention cannot be seen."""
+    """The decomposition, or the `rows` that were asked for, is not defined for this model, or its attention cannot be
+    seen."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def attention_flow(
         ValueError: when `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile keeps the eager module there
+    model = _unwrapped(model)
     if rows not in ("class", "patches"):
         raise ValueError(f"rows: expected 'class' or 'patches', got {rows!r}")
     if importance is not None and target is not None:
@@ -143,7 +144,9 @@ def attention_flow(
     plan = _plan(model, images, rows == "patches")
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; give the importance of its features")
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if parameter.is_inference():
+        raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
     images = _to(images, parameter)
     w = torch.relu if importance is None else lambda c: c
 
@@ -152,14 +155,14 @@ def attention_flow(
             output = _scores(model, images) if importance is None else features(model, images)
         if plan is None:
             plan = _plan_of_calls(model, images, watch)
-        _check_forward(model, plan, watch.calls, output)
+        _check_forward(model, plan, watch.calls, output, images)
         if importance is None:
             target = _class_indices(target, output)
             seed = F.one_hot(target, output.shape[1]).to(output)
         else:
             seed = _importance_weights(importance, output.detach())
         torch.autograd.grad(output, watch.leaves, seed, allow_unused=True)
-    _check_backward(model, rows, watch.calls)
+    _check_backward(model, rows == "patches", watch.calls)
 
     size = max((site.grid for frame in plan.frames for site in frame), key=math.prod)
     maps = {id(call.site): _on_grid(call.map, call.site, size) for call in watch.calls}
@@ -170,7 +173,11 @@ def attention_flow(
 
 
 def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
-    """`(B, D)`: what the classifier reads, timm's `pre_logits`; where there is none, the class token at the end."""
+    """`(B, D)`: what the classifier reads, timm's `pre_logits`.
+
+    Of a model of transformers without a classifier the class token of `last_hidden_state`; of one of no known library
+    its output.
+    """
     library = _library(model)
     if library == "timm" and isinstance(images, dict):
         return model.forward_head(**model.forward_features(**images), pre_logits=True)
@@ -179,12 +186,19 @@ def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
     head = getattr(model, {"torchvision": "heads", "transformers": "classifier"}.get(library, ""), None)
     if isinstance(head, nn.Module):
         seen = []
+        head = head[-1] if isinstance(head, nn.Sequential) else head
         with _hooks([(head.register_forward_pre_hook, lambda module, args: seen.append(args[0]))]):
             _scores(model, images)
         return seen[0]
     if library == "transformers":
-        backbone = model.base_model if num_classes(model) else model
-        return backbone(images, return_dict=True).last_hidden_state[:, 0]
+        distilled = hasattr(model, "distillation_classifier")  # its scores are the mean of two, and so is the feature
+        output = (model.base_model if distilled else model)(images, return_dict=True)
+        if getattr(model.config, "use_mean_pooling", False):  # BEiT
+            return output.pooler_output
+        tokens = getattr(output, "last_hidden_state", None)
+        if tokens is None:
+            raise UnsupportedModel(f"model: {type(model).__name__} has neither a classifier nor a last_hidden_state")
+        return tokens[:, :2].mean(1) if distilled else tokens[:, 0]
     return model(images)
 
 
@@ -203,6 +217,16 @@ def _scores(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
     return getattr(output, "logits", output)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, of training on several GPUs and of weight averaging."""
+    wrappers = {"OptimizedModule": "_orig_mod"} | dict.fromkeys(
+        ("DataParallel", "DistributedDataParallel", "AveragedModel"), "module"
+    )
+    while (name := wrappers.get(type(model).__name__)) is not None:
+        model = getattr(model, name)
+    return model
+
+
 def _library(model: nn.Module) -> str:
     """Whose class the model is, or is derived from: "timm", "torchvision", "transformers" or ""."""
     libraries = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
@@ -213,7 +237,7 @@ def _to(images: Tensor | dict[str, Tensor], parameter: Tensor) -> Tensor | dict[
     """On the device of the parameter and, where it is floating point, in its dtype."""
     if isinstance(images, dict):
         return {name: _to(tensor, parameter) for name, tensor in images.items()}
-    return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+    return images.detach().to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 
 
 def _on_grid(tokens: Tensor, site: _Site, size: tuple[int, int]) -> Tensor:
@@ -287,6 +311,10 @@ class _Site:
     """`(B, n)` int64: where in the flattened grid each patch lies; None: patch after patch, row by row."""
 
 
+_ANYWHERE = _Site(nn.Identity(), (0, 0))
+"""For a model of no known family: every attention is watched, and belongs to a site when the run is over."""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Where a model is decomposed."""
@@ -295,6 +323,8 @@ class _Plan:
     """The sites of every frame of the flow; their maps are added."""
     decomposed: str
     """See `AttentionFlow`."""
+    pool: _Site | None = None
+    """The attention pool that the score reads, where the class token leads to no score."""
 
 
 @contextmanager
@@ -303,7 +333,7 @@ def _watched(plan: _Plan | None, w: Callable[[Tensor], Tensor]) -> Iterator[_Att
     watch = _AttentionWatch(w)
     sites = [site for frame in plan.frames for site in frame] if plan else []
     if plan is None:
-        watch.site = _Site(nn.Identity(), (0, 0))
+        watch.site = _ANYWHERE
     hooks = []
     for site in sites:
         hooks.append((site.module.register_forward_pre_hook, partial(watch.enter, site)))
@@ -323,45 +353,73 @@ class _AttentionWatch(TorchFunctionMode):
         super().__init__()
         self.w = w
         self.site: _Site | None = None
-        self.softmax_done = False
+        self.softmax: list[tuple[int, int]] = []
+        """Queries and keys of every softmax whose matrix did not multiply values yet."""
+        self.matrix: Tensor | None = None
+        """The last one that multiplied values."""
         self.calls: list[_Attention] = []
         self.leaves: list[Tensor] = []
         self.grid: tuple[int, int] | None = None
         """Size of the last convolution's output before the first attention."""
+        self.channels: int | None = None
+        """Of what the first convolution reads, the images."""
+        self.images_again = False
+        """Whether a convolution reads as many channels after the first attention."""
 
     def enter(self, site: _Site, module: nn.Module, args: tuple) -> None:
-        self.site, self.softmax_done = site, False
+        self.site = site
 
     def leave(self, module: nn.Module, args: tuple, output: object) -> None:
-        self.site = None
+        self.site = self.matrix = None
+        self.softmax.clear()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args = [a.detach() if isinstance(a, nn.Parameter) else a for a in args]
-        kwargs = {k: a.detach() if isinstance(a, nn.Parameter) else a for k, a in (kwargs or {}).items()}
+        args = [_without_weights(a) for a in args]
+        kwargs = {name: _without_weights(a) for name, a in (kwargs or {}).items()}
         if func is F.multi_head_attention_forward:
             with self:
-                return _multi_head_attention_forward(*args, **kwargs)
+                output, _ = _multi_head_attention_forward(*args, **kwargs | {"need_weights": False})
+            return output, func(*args, **kwargs)[1] if kwargs.get("need_weights", True) else None
         output = func(*args, **kwargs)
-        if func is F.conv2d and not self.calls and output.ndim == 4:
-            self.grid = tuple(output.shape[2:])
+        if func is F.conv2d and output.ndim == 4:
+            if self.calls:
+                self.images_again |= args[0].shape[1] == self.channels
+            else:
+                self.grid, self.channels = tuple(output.shape[2:]), self.channels or args[0].shape[1]
         if self.site is None:
             return output
         if func in _SOFTMAX:
-            self.softmax_done = True
-        elif func is F.scaled_dot_product_attention:
-            output = self.record(_FusedAttention(self.site, self.w, output, *args, **kwargs), output)
-        elif func in _MATMUL and self.softmax_done and args[0].ndim == 4:  # the first one after the softmax is A V
-            self.softmax_done = False
-            output = self.record(_OpenAttention(self.site, self.w, output, *args), output)
+            self.softmax.append(tuple(output.shape[-2:]))
+        elif func is F.scaled_dot_product_attention and output.ndim == 4:
+            values = args[2] if len(args) > 2 else kwargs["value"]
+            output = self.record(_fused_attention(self.site, self.w, output, *args, **kwargs), output, values)
+        elif func in _MATMUL and args and args[0].ndim == output.ndim == 4 and self.is_attention(args[0]):
+            self.matrix = args[0]
+            output = self.record(_open_attention(self.site, self.w, output, *args), output, args[1])
         return output
 
-    def record(self, call: _Attention, output: Tensor) -> Tensor:
+    def is_attention(self, matrix: Tensor) -> bool:
+        """Whether it is the first to multiply after a softmax of its size, or does so again: one time too many."""
+        shape = tuple(matrix.shape[-2:])
+        if matrix is not self.matrix and shape in self.softmax:
+            self.softmax.remove(shape)
+            return True
+        return matrix is self.matrix
+
+    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
         if not self.leaves or not output.requires_grad:
             output = output.detach().requires_grad_()
             self.leaves.append(output)
         output.register_hook(call.receive)
         self.calls.append(call)
         return output
+
+
+def _without_weights(argument: object) -> object:
+    """Parameters detached, also in a list."""
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_without_weights(a) for a in argument]) if type(argument) in (list, tuple) else argument
+    return argument.detach() if isinstance(argument, nn.Parameter) else argument
 
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
@@ -376,87 +434,101 @@ _multi_head_attention_forward = FunctionType(
 
 
 class _Attention:
-    """One attention T = A V, with v `(B, H', N, d)`; H' < H where several heads share their values.
+    """One attention T = A V, with v `(B, H', N, d)`; H' < H where groups of heads share their values.
 
-    `receive` is the hook of T. It computes `map` `(B, N)` float32, which is L_b over all keys; `remainder`, the largest
-    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, to which queries a gradient came.
+    `spread(queries)` gives rows of A, `(B, H, Q, N)` float32; `pull(gradient)` gives A^T of a gradient with respect to
+    T, `(B, H, M, d)` -> `(B, H', N, d)` float32.
+
+    `receive` is the hook of T. It computes `map` `(B, N)` float32, L_b over all keys; `remainder`, the largest
+    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, which queries a gradient came to.
     """
 
-    def __init__(self, site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, value: Tensor):
-        self.site, self.w = site, w
-        self.first = slice(site.queries or 1)  # the queries of the identity, and of the class form
-        self.output, self.value = output.detach()[..., self.first, :].clone(), value.detach()
-        self.shape, self.dtype = (
-            (output.shape[0], output.shape[-2], value.shape[-2]),
-            output.dtype,
-        )  # B, queries M, keys N
-        self.map = value.new_zeros(self.shape[0], self.shape[2], dtype=torch.float32)  # stays so where Y ignores T
+    def __init__(
+        self,
+        site: _Site,
+        w: Callable[[Tensor], Tensor],
+        output: Tensor,
+        value: Tensor,
+        spread: Callable[[slice], Tensor],
+        pull: Callable[[Tensor], Tensor],
+    ):
+        self.site, self.w, self.spread, self.pull = site, w, spread, pull
+        self.queries = slice(site.queries or 1)  # those of the class form, and of the check
+        self.output, self.value = output.detach()[..., self.queries, :].clone(), value.detach()
+        self.shape = output.shape[0], output.shape[-2], value.shape[-2]  # B, queries M, keys N
+        self.dtype = output.dtype
+        self.map = value.new_zeros(output.shape[0], value.shape[-2], dtype=torch.float32)  # stays so where Y ignores T
         self.remainder = self.read = None
-
-    def spread(self) -> Tensor:
-        """A of the first queries, `(B, H, Q, N)` float32."""
-        raise NotImplementedError
-
-    def pull(self, gradient: Tensor) -> Tensor:
-        """A^T of a gradient with respect to T: `(B, H, M, d)` -> `(B, H', N, d)`, float32."""
-        raise NotImplementedError
 
     def receive(self, gradient: Tensor) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
-            value, spread = self.value.float(), self.spread()
-            heads = _for_heads(value, spread.shape[1])
-            error = (spread @ heads - self.output.float()).abs().max()
-            self.remainder = error / self.output.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            output, value, spread = self.output.float(), self.value.float(), self.spread(self.queries)
+            values = _for_heads(value, spread.shape[1])
+            largest = output.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            self.remainder = (spread @ values - output).abs().max() / largest
             self.read = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
-                weighted = value * self.pull(self.w(gradient.float()))  # V[j] (A^T w(C))[j]
-                self.map = weighted.sum((1, 3)).relu()
+                self.map = (value * self.pull(self.w(gradient.float()))).sum((1, 3)).relu()  # V[j] (A^T w(C))[j]
             else:
-                weights = self.w(gradient[..., self.first, :].float())  # w(C_b) (B, H, Q, d)
-                self.map = (spread * (weights @ heads.transpose(-2, -1))).sum((1, 2)).relu()
-        self.forget()
-
-    def forget(self) -> None:
-        del self.output, self.value
+                weights = self.w(gradient[..., self.queries, :].float())  # w(C_b) (B, H, Q, d)
+                self.map = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2)).relu()
+        del self.output, self.value, self.spread, self.pull
 
 
-class _FusedAttention(_Attention):
-    """A call of `scaled_dot_product_attention`, from its arguments."""
+def _fused_attention(
+    site: _Site,
+    w: Callable[[Tensor], Tensor],
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> _Attention:
+    """A call of `scaled_dot_product_attention`, from its output and its arguments."""
+    query, key, value = query.detach(), key.detach(), value.detach()
+    if attn_mask is not None:
+        attn_mask = attn_mask.detach() if attn_mask.dtype == torch.bool else attn_mask.detach().float()
 
-    def __init__(
-        self, site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-        enable_gqa=False,
-    ):  # fmt: skip
-        super().__init__(site, w, output, value)
-        self.query, self.key, self.mask = query.detach(), key.detach(), attn_mask
-        self.options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-
-    def spread(self) -> Tensor:
-        query = self.query[..., self.first, :].float()
-        key = _for_heads(self.key, query.shape[1]).float()
-        scale = query.shape[-1] ** -0.5 if self.options["scale"] is None else self.options["scale"]
-        logits = (query @ key.transpose(-2, -1)) * scale  # (B, H, Q, N)
-        if self.mask is not None:
-            mask = self.mask.detach()[..., self.first, :]
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
-        if self.options["is_causal"]:
-            later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
-            logits = logits.masked_fill(later, -torch.inf)
+    def spread(queries: slice) -> Tensor:
+        rows = query[..., queries, :].float()
+        keys = _for_heads(key, query.shape[1]).float()
+        logits = (rows @ keys.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., queries, :]
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        if is_causal:
+            position = torch.arange(max(query.shape[-2], key.shape[-2]), device=key.device)
+            logits = logits.masked_fill(position[: key.shape[-2]] > position[queries, None], -torch.inf)
         return logits.softmax(-1)
 
-    def pull(self, gradient: Tensor) -> Tensor:
-        """The gradient of the fused attention with respect to v, so that no N x N matrix is made."""
-        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.detach().float()
+    def pull(gradient: Tensor) -> Tensor:  # what the fused attention's own backward gives for v: no N x N matrix
         with torch.enable_grad():
-            value = self.value.float().requires_grad_()
-            output = F.scaled_dot_product_attention(
-                self.query.float(), self.key.float(), value, attn_mask=mask, **self.options
+            v = value.float().requires_grad_()
+            T = F.scaled_dot_product_attention(
+                query.float(), key.float(), v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             )
-            return torch.autograd.grad(output, value, gradient)[0]
+            return torch.autograd.grad(T, v, gradient)[0]
 
-    def forget(self) -> None:
-        super().forget()
-        del self.query, self.key, self.mask
+    return _Attention(site, w, output, value, spread, pull)
+
+
+def _open_attention(
+    site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, matrix: Tensor, value: Tensor
+) -> _Attention:
+    """A V, where a model computes the matrix A `(B, H, M, N)` itself."""
+    matrix = matrix.detach()
+    return _Attention(
+        site,
+        w,
+        output,
+        value,
+        spread=lambda queries: matrix[..., queries, :].float(),
+        pull=lambda gradient: matrix.float().transpose(-2, -1) @ gradient,
+    )
 
 
 def _for_heads(shared: Tensor, heads: int) -> Tensor:
@@ -464,136 +536,150 @@ def _for_heads(shared: Tensor, heads: int) -> Tensor:
     return shared if shared.shape[1] == heads else shared.repeat_interleave(heads // shared.shape[1], 1)
 
 
-class _OpenAttention(_Attention):
-    """A V, where a model computes the matrix A `(B, H, M, N)` itself."""
-
-    def __init__(self, site, w, output, matrix, value):
-        super().__init__(site, w, output, value)
-        self.matrix = matrix.detach()
-
-    def spread(self) -> Tensor:
-        return self.matrix[..., self.first, :].float()
-
-    def pull(self, gradient: Tensor) -> Tensor:
-        return self.matrix.float().transpose(-2, -1) @ gradient
-
-    def forget(self) -> None:
-        super().forget()
-        del self.matrix
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The families of models: where the class token attends to the patches
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# A family is a function (model, images, all_rows) -> _Plan and a row of `_FAMILIES`. It names the modules; what their
+# A family is a function (model, images) -> _Plan and a row of `_FAMILIES`. It names the modules; what their
 # attention does is seen while the model runs, and held against the plan by `_check_forward` and `_check_backward`: one
 # attention a site, the expected number of keys, sum_j S_b[j] == T_b, a score that reads no other queries.
 
 
 def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | None:
     """The plan of the model's family; None where the family is not known, and only the run can tell."""
-    name = type(model).__name__
-    names = [f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__]
     for reason, refused in _REFUSED.items():
-        if any(name in refused for name in names):
-            raise UnsupportedModel(f"model: {name} {reason}")
-    family = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+        if any(name in refused for name in _class_names(model)):
+            raise UnsupportedModel(f"model: {type(model).__name__} {reason}")
+    family = _family(model)
     if all_rows and family not in _ALL_ROWS:
         raise UnsupportedModel(
-            f"rows: 'patches' is not defined for {name}, only where every block attends from all tokens to all"
+            f"rows: 'patches' is not defined for {type(model).__name__}; it is for timm's VisionTransformer, Eva, Beit "
+            f"and NaFlexVit and the ViTs of torchvision and transformers"
         )
     if family is not None and not all_rows and _library(model) == "timm":
-        _check_pool(model, family)
+        _check_pool(model)
     if family is not _naflex or not isinstance(images, dict):
-        _check_images(images)
+        _check_images(model, images)
     if family is None:
         return None
-    plan = family(model, images, all_rows)
+    plan = family(model, images)
     if all_rows:
-        frames = [[replace(site, queries=None) for site in frame] for frame in plan.frames]
-        plan = _Plan(frames, f"all tokens (rows='patches'), {len(frames)} blocks")
-    return plan
+        frames = [*plan.frames, *([[plan.pool]] if plan.pool else [])]
+        frames = [[replace(site, queries=None) for site in frame] for frame in frames]
+        return _Plan(frames, f"all tokens, rows='patches', {len(frames)} blocks")
+    return _Plan([[plan.pool]], "attention pool, 1 map") if plan.pool else plan
 
 
-def _vision_transformer(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
-    """timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos: row 0 of every block, or the attention pool."""
-    return _blocks_and_pool(model, _grid_of(model.patch_embed, images), all_rows)
+def _family(model: nn.Module) -> Callable[[nn.Module, Tensor], _Plan] | None:
+    return next((_FAMILIES[name] for name in _class_names(model) if name in _FAMILIES), None)
 
 
-def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor], all_rows: bool) -> _Plan:
+def _class_names(model: nn.Module) -> list[str]:
+    """Of its class and the base classes, the nearest first, each after the package that it comes from."""
+    return [f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__]
+
+
+def _or_all_rows(model: nn.Module) -> str:
+    """The way out that the family offers where the score reads the patches."""
+    return " or ask for rows='patches' (--rows patches)" if _family(model) in _ALL_ROWS else ""
+
+
+def _blocks(frames: list[list[_Site]]) -> _Plan:
+    """Every block is a frame."""
+    tokens = "class and distillation token" if frames[0][0].queries == 2 else "class token"
+    return _Plan(frames, f"{tokens}, {len(frames)} blocks")
+
+
+def _vision_transformer(model: nn.Module, images: Tensor) -> _Plan:
+    """timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos."""
+    return _vit_blocks(model, _grid_of(model.patch_embed, images))
+
+
+def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor]) -> _Plan:
     """timm's NaFlexVit: a batch of images, or patches with their places in grids of several sizes."""
     if not isinstance(images, dict):
-        return _blocks_and_pool(model, _grid_of(model.embeds, images), all_rows)
-    missing = [name for name in ("patches", "patch_coord", "patch_valid") if name not in images]
-    if missing:
-        raise ValueError(
-            f"images: a dict for NaFlexVit needs patches, patch_coord and patch_valid; {missing[0]} is missing"
-        )
+        return _vit_blocks(model, _grid_of(model.embeds, images))
+    shapes = {name: tuple(images[name].shape[:2]) for name in images if isinstance(images[name], Tensor)}
+    for name in ("patches", "patch_coord", "patch_valid"):
+        if name not in shapes or shapes[name] != shapes["patches"] or len(shapes[name]) != 2:
+            raise ValueError(
+                f"images: NaFlexVit takes a dict of the tensors patches (B, N, P * P * 3), patch_coord (B, N, 2) and "
+                f"patch_valid (B, N); {name} is not so"
+            )
     y, x = images["patch_coord"].long().unbind(-1)
     size = int(y.max()) + 1, int(x.max()) + 1
-    parameter = next(model.parameters())
-    return _blocks_and_pool(model, size, all_rows, cells=(y * size[1] + x).to(parameter.device))
+    return _vit_blocks(model, size, cells=(y * size[1] + x).to(next(model.parameters()).device))
 
 
-def _blocks_and_pool(model: nn.Module, grid: tuple[int, int], all_rows: bool, cells: Tensor | None = None) -> _Plan:
-    site = partial(_Site, grid=grid, cells=cells)
+def _vit_blocks(model: nn.Module, grid: tuple[int, int], cells: Tensor | None = None) -> _Plan:
+    """Row 0 of every block, or the queries of the attention pool."""
+    site, prefix = partial(_Site, grid=grid, cells=cells), model.num_prefix_tokens
     frames = []
     for block in model.blocks:
         # several attentions side by side (ParallelThingsBlock), one, or one that the block computes (ParallelScaling)
         modules = [a.attn for a in block.attns] if hasattr(block, "attns") else [getattr(block, "attn", block)]
-        frames.append([site(module, prefix=model.num_prefix_tokens) for module in modules])
-    if (pool := getattr(model, "attn_pool", None)) is not None:
-        prefix = model.num_prefix_tokens if getattr(model, "pool_include_prefix", True) else 0
-        last = [site(pool, prefix=prefix, queries=getattr(pool, "latent_len", 1))]
-        return _Plan(frames + [last], "") if all_rows else _Plan([last], "attention pool, 1 map")
-    return _Plan(frames, f"class token, {len(frames)} blocks")
+        frames.append([site(module, prefix=prefix) for module in modules])
+    plan, pool = _blocks(frames), getattr(model, "attn_pool", None)
+    if pool is None:
+        return plan
+    read = prefix if getattr(model, "pool_include_prefix", True) else 0
+    return replace(plan, pool=site(pool, prefix=read, queries=getattr(pool, "latent_len", 1)))
 
 
-def _distilled(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _distilled(model: nn.Module, images: Tensor) -> _Plan:
     """timm's distilled DeiT: the score is the mean of two, of the class token and the distillation token."""
-    plan = _vision_transformer(model, images, all_rows)
-    frames = [[replace(site, queries=2) for site in frame] for frame in plan.frames]
-    return _Plan(frames, f"class and distillation token, {len(frames)} blocks")
+    frames = _vision_transformer(model, images).frames
+    return _blocks([[replace(site, queries=2) for site in frame] for frame in frames])
 
 
-def _class_attention(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
-    """CaiT (Touvron et al. 2021), XCiT (El-Nouby et al. 2021) and VOLO (Yuan et al. 2021): the class token joins at the
-    end and has blocks of its own."""
-    if hasattr(model, "post_network"):  # VOLO
-        blocks, grid = model.post_network, tuple(model.pos_embed.shape[1:3])
-        stride = 2 * math.prod(m.stride[0] for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
-        _check_size(images, 3, [stride * side for side in grid], (stride, stride))
-    elif hasattr(model, "cls_attn_blocks"):  # XCiT, whose convolutions take every size
-        blocks, patch = model.cls_attn_blocks, model.patch_embed.patch_size
-        _check_size(images, 3, None, (1, 1))
-        grid = tuple(math.ceil(side / patch) for side in images.shape[2:])
-    else:
-        blocks, grid = model.blocks_token_only, _grid_of(model.patch_embed, images)
-    frames = [[_Site(block.attn, grid)] for block in blocks]
-    return _Plan(frames, f"class token, {len(frames)} class-attention blocks")
+def _cait(model: nn.Module, images: Tensor) -> _Plan:
+    """CaiT (Touvron et al. 2021): the class token joins at the end and has blocks of its own."""
+    return _class_blocks(model.blocks_token_only, _grid_of(model.patch_embed, images))
 
 
-def _convit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _xcit(model: nn.Module, images: Tensor) -> _Plan:
+    """XCiT (El-Nouby et al. 2021): as CaiT, after blocks whose attention is between channels."""
+    patch = model.patch_embed.patch_size
+    return _class_blocks(model.cls_attn_blocks, tuple(math.ceil(side / patch) for side in images.shape[2:]))
+
+
+def _volo(model: nn.Module, images: Tensor) -> _Plan:
+    """VOLO (Yuan et al. 2021): as CaiT; the score adds the largest of every patch's own, which no T leads to."""
+    grid = tuple(model.pos_embed.shape[1:3])
+    stride = 2 * math.prod(m.stride[0] for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
+    _check_size(images, [stride * side for side in grid])
+    return _class_blocks(model.post_network, grid)
+
+
+def _class_blocks(blocks: Sequence[nn.Module], grid: tuple[int, int]) -> _Plan:
+    return _Plan([[_Site(block.attn, grid)] for block in blocks], f"class token, {len(blocks)} class-attention blocks")
+
+
+def _convit(model: nn.Module, images: Tensor) -> _Plan:
     """ConViT (d'Ascoli et al. 2021): the class token joins after the gated positional blocks."""
-    grid = _grid_of(model.patch_embed, images)
-    frames = [[_Site(block.attn, grid)] for block in model.blocks[model.local_up_to_layer :]]
+    grid, blocks = _grid_of(model.patch_embed, images), model.blocks[model.local_up_to_layer :]
+    frames = [[_Site(block.attn, grid)] for block in blocks]
     return _Plan(frames, f"class token, last {len(frames)} of {len(model.blocks)} blocks")
 
 
-def _pit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _pit(model: nn.Module, images: Tensor) -> _Plan:
     """PiT (Heo et al. 2021): one class token, patches that are pooled between the stages; two tokens when distilled."""
+    _check_size(images, model.patch_embed.img_size)
     tokens, grid, frames = model.cls_token.shape[1], model.patch_embed.grid_size, []
-    _check_size(images, 3, model.patch_embed.img_size, (1, 1))
     for stage in model.transformers:
         if stage.pool is not None:
             grid = _after_convolution(grid, stage.pool.conv)
         frames += [[_Site(block.attn, grid, tokens, queries=tokens)] for block in stage.blocks]
-    return _Plan(frames, f"class{' and distillation' * (tokens == 2)} token, {len(frames)} blocks")
+    return _blocks(frames)
 
 
-def _crossvit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _crossvit(model: nn.Module, images: Tensor) -> _Plan:
     """CrossViT (Chen et al. 2021): two branches, each with a class token that also attends to the other's patches."""
+    if model.crop_scale:
+        raise UnsupportedModel(
+            "model: the branches of a CrossVit with crop_scale=True see different parts of the image"
+        )
+    _check_size(images, model.img_size)
     grids = [
         tuple(side // patch for side, patch in zip(embed.img_size, embed.patch_size)) for embed in model.patch_embed
     ]
@@ -605,83 +691,113 @@ def _crossvit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
     return _Plan(frames, f"class tokens of both branches, {len(frames)} steps")
 
 
-def _tnt(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _tnt(model: nn.Module, images: Tensor) -> _Plan:
     """TNT (Han et al. 2021): the outer attention, over patches; the inner one is over the pixels of each."""
-    _check_size(images, 3, model.pixel_embed.img_size, (1, 1))
-    frames = [[_Site(block.attn_out, model.pixel_embed.grid_size)] for block in model.blocks]
-    return _Plan(frames, f"class token, {len(frames)} blocks")
+    _check_size(images, model.pixel_embed.img_size)
+    return _blocks([[_Site(block.attn_out, model.pixel_embed.grid_size)] for block in model.blocks])
 
 
-def _mvit(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _mvit(model: nn.Module, images: Tensor) -> _Plan:
     """MViTv2 with a class token (Li et al. 2022): the keys are pooled, more or less from stage to stage. T = sum_j S[j]
     is what the attention gives; the query that is added to it has no place in the picture."""
-    _check_size(images, 3, None, (32, 32))
+    _check_size(images, None, (32, 32))
     grid, frames = _after_convolution(images.shape[2:], model.patch_embed.proj), []
     for block in (block for stage in model.stages for block in stage.blocks):
         frames.append([_Site(block.attn, _after_convolution(grid, block.attn.pool_k))])
         grid = _after_convolution(grid, block.attn.pool_q)
-    return _Plan(frames, f"class token, {len(frames)} blocks")
+    return _blocks(frames)
 
 
-def _torchvision(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _torchvision(model: nn.Module, images: Tensor) -> _Plan:
     """torchvision's VisionTransformer."""
-    side, patch = model.image_size, model.patch_size
-    _check_size(images, 3, (side, side), (patch, patch))
-    frames = [[_Site(layer.self_attention, (side // patch, side // patch))] for layer in model.encoder.layers]
-    return _Plan(frames, f"class token, {len(frames)} blocks")
+    _check_size(images, (model.image_size,) * 2)
+    grid = (model.image_size // model.patch_size,) * 2
+    return _blocks([[_Site(layer.self_attention, grid)] for layer in model.encoder.layers])
 
 
-def _transformers(model: nn.Module, images: Tensor, all_rows: bool) -> _Plan:
+def _transformers(model: nn.Module, images: Tensor) -> _Plan:
     """transformers' ViT, DeiT, DINOv2, DINOv3 and BEiT, with fused ("sdpa") or eager attention."""
-    config, name = model.config, type(model).__name__
-    patch = config.patch_size if isinstance(config.patch_size, Sequence) else (config.patch_size,) * 2
-    side = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
-    fixed = name.startswith(("ViT", "DeiT", "Beit"))  # the others adapt their positions to the image
-    _check_size(images, config.num_channels, side if fixed else None, patch)
-    distilled = name.startswith("DeiT")
-    prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
-    queries = 2 if name == "DeiTForImageClassificationWithTeacher" else 1
-    grid = images.shape[2] // patch[0], images.shape[3] // patch[1]
+    config = model.config
+    patch, side = (x if isinstance(x, Sequence) else (x, x) for x in (config.patch_size, config.image_size))
+    resizes = config.model_type not in ("vit", "deit", "beit")  # its position embedding, to the image
+    _check_size(images, None if resizes else side, patch)
+    grid = tuple(length // p for length, p in zip(images.shape[2:], patch))
+    prefix = 1 + (config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
+    queries = 2 if hasattr(model, "distillation_classifier") else 1
     layers = [m for m in model.modules() if type(m).__name__.endswith("Layer") and hasattr(m, "attention")]
-    frames = [[_Site(layer.attention, grid, prefix, queries)] for layer in layers]
-    return _Plan(frames, f"class{' and distillation' * (queries == 2)} token, {len(frames)} blocks")
+    return _blocks([[_Site(layer.attention, grid, prefix, queries)] for layer in layers])
 
 
 def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> _Plan:
     """A model of no known family, after its run. The grid is that of its last convolution before the first attention;
-    a token more than that must be the class token."""
-    name, grid = type(model).__name__, watch.grid
-    if not watch.calls:
+    a token more than that must be the class token, and the patches must lie in their order (`_check_places`)."""
+    name, grid, calls = type(model).__name__, watch.grid, watch.calls
+    if not calls:
         raise UnsupportedModel(
             f"model: {name} has no attention that DAAM can see: no scaled_dot_product_attention, no softmax(Q K^T) V"
         )
-    tokens = {call.shape[1:] for call in watch.calls}
-    if (
-        grid is None
-        or tokens != {(math.prod(grid) + 1,) * 2}
-        or {call.shape[0] for call in watch.calls} != {len(images)}
-    ):
-        found = ", ".join(f"{m} to {n}" for m, n in sorted(tokens))
-        wanted = "a class token and patches from a convolution" if grid is None else f"1 + {grid[0]} x {grid[1]} tokens"
+    tokens = 1 + math.prod(grid) if grid else 0
+    odd = next((call.shape for call in calls if call.shape != (len(images), tokens, tokens)), None)
+    if odd is not None:
+        wanted = f"{len(images)} images, 1 + {grid[0]} x {grid[1]} tokens" if grid else "patches from a convolution"
         raise UnsupportedModel(
-            f"model: {name} is of no family that is known, and its attention ({found} tokens) is not that of {wanted}"
+            f"model: {name} is of no family that is known, and not a class token with patches all through: it attends "
+            f"in {odd[0]} images from {odd[1]} to {odd[2]} tokens, and expected were {wanted}"
         )
-    for call in watch.calls:
+    if watch.images_again:
+        raise UnsupportedModel(f"model: {name} is of no family that is known, and sees the images more than once")
+    if (tokens, tokens) in watch.softmax:
+        raise UnsupportedModel(f"model: {name} is of no family that is known, and part of its attention is not seen")
+    _check_places(model, images[:1], grid)
+    for call in calls:
         call.site = _Site(model, grid)
-    frames = [[call.site] for call in watch.calls]
-    return _Plan(frames, f"class token, {len(frames)} blocks")
+    return _blocks([[call.site] for call in calls])
 
 
-_FAMILIES: dict[str, Callable[[nn.Module, Tensor, bool], _Plan]] = {
+def _check_places(model: nn.Module, image: Tensor, grid: tuple[int, int]) -> None:
+    """Holds the order of the patches against the picture: in the first attention, the values of a patch must depend
+    most on the pixels of its own cell."""
+    probe, image, cells = _FirstValues(torch.relu), image.detach().requires_grad_(), math.prod(grid)
+    with suppress(_FirstValues.Found), probe:
+        model(image)
+    right = probe.values.shape[0] == 1
+    for k in {0, 1, grid[1], cells - 2} & set(range(cells)) if right else ():
+        size = probe.values[0, :, 1 + k].square().sum()
+        gradient = torch.autograd.grad(size, image, retain_graph=True, allow_unused=True)[0]
+        heat = 0 * image if gradient is None else gradient.abs()
+        right = right and F.adaptive_avg_pool2d(heat.sum(1), grid).argmax().item() == k
+    if not right:
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} is of no family that is known, and its tokens are not a class token and "
+            f"then the patches, row by row"
+        )
+
+
+class _FirstValues(_AttentionWatch):
+    """Stops the forward at the first attention and keeps its values with their graph."""
+
+    class Found(Exception):
+        pass
+
+    def __init__(self, w):
+        super().__init__(w)
+        self.site = _ANYWHERE
+
+    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
+        self.values = values
+        raise self.Found
+
+
+_FAMILIES: dict[str, Callable[[nn.Module, Tensor], _Plan]] = {
     "timm.VisionTransformer": _vision_transformer,
     "timm.VisionTransformerDistilled": _distilled,
     "timm.VisionTransformerRelPos": _vision_transformer,
     "timm.Eva": _vision_transformer,
     "timm.Beit": _vision_transformer,
     "timm.NaFlexVit": _naflex,
-    "timm.Cait": _class_attention,
-    "timm.Xcit": _class_attention,
-    "timm.VOLO": _class_attention,
+    "timm.Cait": _cait,
+    "timm.Xcit": _xcit,
+    "timm.VOLO": _volo,
     "timm.ConVit": _convit,
     "timm.PoolingVisionTransformer": _pit,
     "timm.CrossVit": _crossvit,
@@ -695,21 +811,22 @@ _FAMILIES: dict[str, Callable[[nn.Module, Tensor, bool], _Plan]] = {
     "transformers.DINOv3ViTPreTrainedModel": _transformers,
     "transformers.BeitPreTrainedModel": _transformers,
 }
-"""By the name of a class or a base class, after the library that it comes from."""
+"""By `_class_names`."""
 
 _ALL_ROWS = {_vision_transformer, _naflex, _distilled, _torchvision, _transformers}
+"""The families with `rows="patches"`."""
 
 _REFUSED = {
     "uses windowed attention: no token attends to all patches": (
-        "timm.SwinTransformer", "timm.SwinTransformerV2", "timm.SwinTransformerV2Cr", "timm.MaxxVit", "timm.Twins",
-        "timm.DaVit", "timm.GlobalContextVit", "timm.Nest", "timm.VisionTransformerSAM", "timm.HieraDet",
+        "timm.SwinTransformer", "timm.SwinTransformerV2", "timm.SwinTransformerV2Cr", "timm.DaVit",
+        "timm.GlobalContextVit", "timm.Nest", "timm.VisionTransformerSAM", "timm.HieraDet",
         "torchvision.SwinTransformer", "torchvision.MaxVit", "transformers.SwinPreTrainedModel",
         "transformers.Swinv2PreTrainedModel",
     ),
     "has no class token; DAAM needs one query token that the score reads": (
-        "timm.Hiera", "timm.Levit", "timm.LevitDistilled", "timm.PyramidVisionTransformerV2",
-        "transformers.HieraPreTrainedModel", "transformers.LevitPreTrainedModel", "transformers.PvtPreTrainedModel",
-        "transformers.PvtV2PreTrainedModel",
+        "timm.Hiera", "timm.Levit", "timm.LevitDistilled", "timm.MaxxVit", "timm.PyramidVisionTransformerV2",
+        "timm.Twins", "transformers.HieraPreTrainedModel", "transformers.LevitPreTrainedModel",
+        "transformers.PvtPreTrainedModel", "transformers.PvtV2PreTrainedModel",
     ),
     "factorises its attention: no row of it says how the class token attends to the patches": ("timm.CoaT",),
     "shuffles its patches: their places in the picture are not known": ("transformers.ViTMAEPreTrainedModel",),
@@ -722,35 +839,33 @@ _REFUSED = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _check_pool(model: nn.Module, family: Callable) -> None:
+def _check_pool(model: nn.Module) -> None:
     """Refuses timm models whose score reads neither the class token nor the query of an attention pool."""
     name, pool = type(model).__name__, getattr(model, "global_pool", "token")
     if pool in ("map", "prr"):
         return
-    ask = "ask for rows='patches' (--rows patches)" if family in _ALL_ROWS else ""
     owner = getattr(model, "embeds", model)  # NaFlexVit keeps its tokens there
     if getattr(owner, "cls_token", None) is None and not hasattr(model, "cls_token_0"):  # CrossViT's
         raise UnsupportedModel(
-            f"model: {name} has no class token (global_pool={pool!r}); DAAM needs one query token that the score reads"
-            + (f"; for the mean patch token {ask}" if ask else "")
+            f"model: {name} has no class token (global_pool={pool!r}); DAAM needs one query token that the score "
+            f"reads: use another model{_or_all_rows(model)}"
         )
     if pool != "token":
         read = "the mean patch token" if pool == "avg" else "other tokens"
         raise UnsupportedModel(
             f"model: {name} has a class token but scores {read} (global_pool={pool!r}); the class row of the last "
             f"block has zero gradient. Build it with global_pool='token' (if the weights were trained so)"
-            + (f" or {ask}" if ask else "")
+            f"{_or_all_rows(model)}"
         )
 
 
 def _grid_of(embed: nn.Module, images: Tensor) -> tuple[int, int]:
     """The patch grid `(h, w)` of timm's patch embeddings, after a check of the images' size."""
-    channels = getattr(embed, "in_chans", None) or getattr(getattr(embed, "proj", None), "in_channels", images.shape[1])
     patch = embed.feat_ratio(as_scalar=False)
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     fixed = embed.img_size if getattr(embed, "strict_img_size", False) else None
     padded = getattr(embed, "dynamic_img_pad", False)
-    _check_size(images, channels, fixed, (1, 1) if padded else patch, ", or build the model with dynamic_img_size=True")
+    _check_size(images, fixed, (1, 1) if padded else patch, ", or build the model with dynamic_img_size=True")
     return tuple(embed.dynamic_feat_size(tuple(images.shape[2:])))
 
 
@@ -762,7 +877,7 @@ def _after_convolution(size: Sequence[int], layer: nn.Module | None) -> tuple[in
     return tuple((side + 2 * pad - kernel) // stride + 1 for side, kernel, stride, pad in zip(size, *pairs))
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(model: nn.Module, images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images: expected a tensor (B, 3, H, W) with B > 0, got {shape}")
@@ -770,22 +885,26 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(
             f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
         )
-
-
-def _check_size(
-    images: Tensor, channels: int, fixed: Sequence[int] | None, patch: Sequence[int], way_out: str = ""
-) -> None:
-    """Holds `(B, C, H, W)` against the channels, the only size (None: any) and the patch size of a model."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = first.in_channels if first else getattr(model, "in_chans", 3)
     if images.shape[1] != channels:
         raise ValueError(f"images: the model takes {channels} channels, got {images.shape[1]}")
+
+
+def _check_size(images: Tensor, fixed: Sequence[int] | None, stride: Sequence[int] = (1, 1), way_out: str = "") -> None:
+    """Holds `(B, C, H, W)` against the only size that a model takes (None: any) and the size of its patches."""
     h, w = images.shape[2:]
     if fixed is not None and (h, w) != tuple(fixed):
         raise ValueError(f"images: the model takes {fixed[0]} x {fixed[1]} pixels, got {h} x {w}; resize them{way_out}")
-    if any(side < p or side % p for side, p in zip((h, w), patch)):
-        raise ValueError(f"images: {h} x {w} pixels are not a multiple of the patch, {patch[0]} x {patch[1]}")
+    if fixed is None and any(side < s or side % s for side, s in zip((h, w), stride)):
+        raise ValueError(
+            f"images: {h} x {w} pixels are not a multiple of the model's stride, {stride[0]} x {stride[1]}"
+        )
 
 
-def _check_forward(model: nn.Module, plan: _Plan, calls: Sequence[_Attention], output: Tensor) -> None:
+def _check_forward(
+    model: nn.Module, plan: _Plan, calls: Sequence[_Attention], output: Tensor, images: Tensor | dict
+) -> None:
     name = type(model).__name__
     seen = [id(call.site) for call in calls]
     sites = [site for frame in plan.frames for site in frame]
@@ -795,13 +914,14 @@ def _check_forward(model: nn.Module, plan: _Plan, calls: Sequence[_Attention], o
                 f"model: attention was seen {times} times in the {type(site.module).__name__} of {name}, and once was "
                 f"expected; DAAM sees scaled_dot_product_attention and softmax(Q K^T) V"
             )
+    size = len(images["patches"] if isinstance(images, dict) else images)
     for call in calls:
-        _, queries, keys = call.shape
+        batch, queries, keys = call.shape
         cells = math.prod(call.site.grid) if call.site.cells is None else call.site.cells.shape[1]
-        if keys != call.site.prefix + cells or queries < (call.site.queries or 1):
+        if batch != size or keys != call.site.prefix + cells or queries < (call.site.queries or 1):
             raise UnsupportedModel(
-                f"model: {name} attends from {queries} to {keys} tokens in {type(call.site.module).__name__}, and "
-                f"{call.site.prefix} + {cells} were expected (prefix + patches)"
+                f"model: {name} attends in {batch} images from {queries} to {keys} tokens in its "
+                f"{type(call.site.module).__name__}; expected were {size} images, {call.site.prefix} + {cells} tokens"
             )
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -817,23 +937,24 @@ def _check_forward(model: nn.Module, plan: _Plan, calls: Sequence[_Attention], o
         )
 
 
-def _check_backward(model: nn.Module, rows: str, calls: Sequence[_Attention]) -> None:
-    name, last = type(model).__name__, calls[-1]
-    if rows == "class" and last.read is not None:
-        first, others = last.read[: last.site.queries].any().item(), last.read[last.site.queries :].any().item()
-        if others:
-            besides = "besides the class token" if first else "and not the class token of the last block"
-            raise UnsupportedModel(
-                f"model: the score of {name} reads the patch tokens {besides}; use a model whose head reads the class "
-                f"token alone (timm: global_pool='token') or ask for rows='patches' (--rows patches)"
-            )
-    remainders = torch.stack([call.remainder for call in calls if call.remainder is not None])
-    dtype = calls[0].dtype
-    allowed = max(2e-3, 30 * torch.finfo(dtype).eps)
+def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention]) -> None:
+    name = type(model).__name__
+    if any(call.read is None for call in calls):
+        raise UnsupportedModel(f"model: the score of {name} does not depend on every attention that was seen")
+    last = calls[-1]
+    if not all_rows and last.read[last.site.queries :].any():
+        besides = "besides the class token" if last.read[: last.site.queries].any() else "and not the class token"
+        raise UnsupportedModel(
+            f"model: the score of {name} reads the patch tokens {besides}; use a model whose head reads the class "
+            f"token alone (timm: global_pool='token'){_or_all_rows(model)}"
+        )
+    remainders = torch.stack([call.remainder for call in calls])
+    exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
+    allowed = max(2e-3 if exact else 1e-2, 30 * torch.finfo(calls[0].dtype).eps)
     if not (remainders <= allowed).all():
         raise UnsupportedModel(
             f"model: the attention of {name} is not the sum of its semantic maps: they miss it by "
-            f"{remainders.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {dtype}"
+            f"{remainders.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {calls[0].dtype}"
         )
 
 

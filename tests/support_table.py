@@ -59,7 +59,7 @@ def from_transformers(family: str, name: str, flow: dict | None = None, attentio
     def make() -> nn.Module:
         import transformers
 
-        config = getattr(transformers, re.sub("(Model|For).*", "Config", name))(
+        config = getattr(transformers, re.sub("(Model|For|Backbone).*", "Config", name))(
             hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32,
             patch_size=8, num_labels=5, **options,
         )  # fmt: skip
@@ -248,7 +248,7 @@ def semantic_maps():
     receive = daam_core._Attention.receive
 
     def recording(call, gradient):
-        spread = call.spread()  # (B, H, Q, N)
+        spread = call.spread(slice(call.site.queries))  # (B, H, Q, N); of rows="patches" all queries
         value = call.value.repeat_interleave(spread.shape[1] // call.value.shape[1], 1)  # (B, H, N, d)
         S = torch.einsum("bhqn,bhnd->bnqhd", spread, value).flatten(3)
         module = call.site.module
@@ -263,29 +263,26 @@ def semantic_maps():
 @contextmanager
 def attention_outputs(model: nn.Module):
     """T and dY/dT `(B, M, C)` by the attention module, seen by hooks where the next module reads T."""
-    outputs, gradients, queries = {}, {}, {}
+    outputs, gradients, added = {}, {}, {}
 
     def see(module: nn.Module, T: Tensor, read: Callable[[Tensor], Tensor]) -> None:
-        outputs[module] = (read(T) - queries.get(module, 0)).detach()
+        outputs[module] = (read(T) - added.get(module, 0)).detach()
         if T.requires_grad:
             T.register_hook(lambda gradient: gradients.update({module: read(gradient)}))
 
     def watch(module: nn.Module):
         if isinstance(module, nn.MultiheadAttention):
-            bias = module.out_proj.bias.detach()
-            return [module.register_forward_hook(lambda m, args, out: see(m, out[0], lambda x: x) or subtract(m, bias))]
+            added[module] = module.out_proj.bias
+            return [module.register_forward_hook(lambda m, args, output: see(m, output[0], lambda x: x))]
         reader, read = reader_of(module)
         handles = [reader.register_forward_pre_hook(lambda r, args: see(module, args[0], read))] if reader else []
         if type(module).__name__ == "MultiScaleAttention":  # it adds its queries to T
 
             def remember(norm, args, q):
-                queries[module] = q.transpose(1, 2).flatten(2)
+                added[module] = q.transpose(1, 2).flatten(2)
 
             handles.append(module.norm_q.register_forward_hook(remember))
         return handles
-
-    def subtract(module: nn.Module, bias: Tensor) -> None:
-        outputs[module] -= bias
 
     handles = [handle for module in model.modules() for handle in watch(module)]
     try:

@@ -247,7 +247,7 @@ def remainder(given, told):
     """max |sum_j S_b[j] - T_b| where torch's attention gets the options `given` and daam_core is told others."""
     q, k, v = random_qkv(given)
     T = F.scaled_dot_product_attention(q, k, v, **given)[:, :, 0]
-    row = fused_attention(q, k, v, **told).spread()
+    row = fused_attention(q, k, v, **told).spread(slice(1))
     assert row.shape == (B, H, 1, N)
     torch.testing.assert_close(row.sum(-1), torch.ones(B, H, 1))
     S = row[:, :, 0, :, None] * v.repeat_interleave(H // v.shape[1], 1)
@@ -258,7 +258,7 @@ def fused_attention(q, k, v, output=None, queries=1, **options):
     """What daam_core makes of one call of torch's attention."""
     output = F.scaled_dot_product_attention(q, k, v, **options) if output is None else output
     site = daam_core._Site(nn.Identity(), (N, 1), prefix=0, queries=queries)
-    return daam_core._FusedAttention(site, torch.relu, output, q, k, v, **options)
+    return daam_core._fused_attention(site, torch.relu, output, q, k, v, **options)
 
 
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
@@ -272,7 +272,7 @@ def test_map_of_a_gradient(options, queries):
     q, k, v = random_qkv(options)
     gradient = random_images(B, H, N, HEAD)
     call = fused_attention(q, k, v, queries=queries, **options)
-    S = call.spread()[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
+    S = call.spread(slice(queries))[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
     call.receive(gradient)
     assert call.remainder < 1e-5 and call.read.all() and call.read.shape == (N,)
     torch.testing.assert_close(call.map, (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
@@ -572,7 +572,7 @@ def refused(match, model, *arguments, **options):
 class NoAttention(VisionTransformer):
     """Its blocks do something else."""
 
-    def forward_features(self, x):
+    def forward_features(self, x, **options):
         return self.norm(self._pos_embed(self.patch_embed(x)))
 
 
@@ -583,7 +583,7 @@ class NoAttention(VisionTransformer):
         (lambda: timm.create_model("resnet10t"), "^model: ResNet has no attention that DAAM can see"),
         (lambda: nn.Conv2d(3, 3, 1), "^model: Conv2d has no attention that DAAM can see"),
         (lambda: tiny_vit(global_pool="avg"), r"^model: .* scores the mean patch token \(global_pool='avg'\)"),
-        (lambda: tiny_vit(NoAttention), "^model: attention was seen 0 times in a Attention of NoAttention"),
+        (lambda: tiny_vit(NoAttention), "^model: attention was seen 0 times in the Attention of NoAttention"),
         (lambda: tiny_vit(NoGrad), "^model: .* does not depend on its attention"),
         (lambda: tiny_vit(ReadsPatches), "^model: the score of ReadsPatches reads the patch tokens and not the class"),
     ],
@@ -673,7 +673,7 @@ def test_refused_images(model, images, match):
 
 @pytest.mark.parametrize("size", [(32, 36), (36, 32), (4, 32)])
 def test_refused_image_size_that_is_no_multiple_of_the_patch(size):
-    match = "^images: {} x {} pixels are not a multiple of the patch, 8 x 8".format(*size)
+    match = "^images: {} x {} pixels are not a multiple of the model's stride, 8 x 8".format(*size)
     refused(match, tiny_vit(dynamic_img_size=True), torch.zeros(1, 3, *size))
 
 

@@ -11,10 +11,21 @@ import pytest
 import support_table
 import torch
 import torch.nn.functional as F
-from support_table import ALL_ROWS, DECOMPOSED, MARKERS, README, REFUSED, Row, measure, naflex_batch, tiny_torchvision
+from support_table import (
+    ALL_ROWS,
+    DECOMPOSED,
+    MARKERS,
+    README,
+    REFUSED,
+    Row,
+    from_transformers,
+    measure,
+    naflex_batch,
+    tiny_torchvision,
+)
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
-from tiny_models import TINY, build, random_images, tiny_vit
+from tiny_models import TINY, build, random_images, tiny_timm, tiny_vit
 from torch import nn
 
 import daam_core
@@ -61,12 +72,14 @@ FRAMES = {"parallel blocks": [2] * 3, "CrossViT": [2, 1, 1, 1, 2] * 3, "CrossViT
 """How many attentions make a frame, in the order of the forward, where it is not one."""
 
 
-@pytest.mark.parametrize("index", range(len(DECOMPOSED)), ids=map(name_of, DECOMPOSED))
+WEIGHTED = [i for i, r in enumerate(DECOMPOSED) if not r.images and "torchvision" not in r.example]
+"""The others: test_naflex_patches_find_their_places, test_torchvision_agrees_with_timm."""
+
+
+@pytest.mark.parametrize("index", WEIGHTED, ids=[name_of(DECOMPOSED[i]) for i in WEIGHTED])
 def test_maps_are_the_semantic_maps_weighted_by_the_gradient(index):
     """With S from the test above, and the gradient that hooks of the test saw. The patches are the last keys."""
     row, result = DECOMPOSED[index], measured(index)
-    if row.images or "torchvision" in row.example:
-        pytest.skip("see test_naflex_patches_find_their_places and test_torchvision_agrees_with_timm")
     w = (lambda c: c) if "importance" in row.flow else torch.relu
     size, sites = result.flow.block_maps.shape[-2:], []
     for S, C in zip(result.S, result.C, strict=True):
@@ -81,43 +94,47 @@ def test_maps_are_the_semantic_maps_weighted_by_the_gradient(index):
     assert_same_maps(result.flow.block_maps, torch.stack(frames, 1))
 
 
-@pytest.mark.parametrize("row", [r for r in DECOMPOSED if not r.images], ids=name_of)
+OPEN = {"ConViT", "TNT", "TNT, legacy", "MViTv2 with a class token"}
+TWO_FORMS = [
+    row
+    for row in DECOMPOSED + ALL_ROWS
+    if not (row.images or row.family in OPEN or "torchvision" in row.example or row.example.endswith("eager"))
+]
+
+
+@pytest.mark.parametrize("row", TWO_FORMS, ids=name_of)
 def test_fused_and_open_attention_give_the_same_maps(row):
     """Open, a model makes the matrix itself, with its own biases and rotations."""
     model = row.make()
     images = random_images(2, 3, *row.size)
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    sdpa = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
-    if not fused and not sdpa:
-        pytest.skip("has only one form")
     expected = attention_flow(model, images, **row.flow)
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
-    if sdpa:
+    if not fused:
+        assert model.config._attn_implementation == "sdpa"
         model.set_attn_implementation("eager")
     assert_same_maps(attention_flow(model, images, **row.flow).block_maps, expected.block_maps)
     assert not any(module.fused_attn for module in fused)
 
 
-@pytest.mark.parametrize("row", REFUSED, ids=name_of)
-def test_refused_models_say_why(row):
-    with pytest.raises(UnsupportedModel, match=r"^model: .*\w+") as caught:
+@pytest.mark.parametrize(
+    "family, way_out",
+    [
+        ("mean of the patches", r"Build it with global_pool='token' \(.*\) or ask for rows='patches'"),
+        ("mean of the patches, no class token", "use another model or ask for rows='patches'"),
+        ("class token beside the mean of the patches", "token alone .* or ask for rows='patches'"),
+        ("MViTv2 without a class token", "use another model$"),
+        ("Swin", "^model: SwinTransformer uses windowed attention: no token attends to all patches$"),
+        ("Hiera", "^model: Hiera has no class token; DAAM needs one query token that the score reads$"),
+    ],
+)
+def test_refused_models_say_what_helps(family, way_out):
+    """The reasons stand in the table."""
+    row = row_of(family)
+    with pytest.raises(UnsupportedModel, match=way_out) as caught:
         attention_flow(row.make(), random_images(1, 3, *row.size))
-    message = str(caught.value)
-    assert "\n" not in message
-    reasons = {
-        "Swin": "uses windowed attention: no token attends to all patches",
-        "Hiera": "Hiera has no class token",
-        "LeViT": "has no class token",
-        "CoaT": "factorises its attention",
-        "ResNet": "has no attention that DAAM can see",
-        "mean of the patches": "Build it with global_pool='token' .* or ask for rows='patches'",
-        "mean of the patches, no class token": "has no class token .*ask for rows='patches'",
-        "class token beside the mean of the patches": "reads the patch tokens besides the class token",
-        "MViTv2 without a class token": r"has no class token \(global_pool='avg'\)",
-    }
-    if row.family in reasons:
-        assert caught.match(reasons[row.family])
+    assert "\n" not in str(caught.value)
 
 
 def test_table_of_the_readme_is_the_one_that_is_measured():
@@ -170,10 +187,11 @@ def without_value_bias(module, x, query, key, value, mask):
 )
 def test_negative_control(family, term_left_out):
     row, inputs = row_of(family), {}
-    init = daam_core._FusedAttention.__init__
+    fused_attention = daam_core._fused_attention
 
-    def told(self, site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
-        init(self, site, w, output, *term_left_out(site.module, inputs[site.module], query, key, value, attn_mask))
+    def told(site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        terms = term_left_out(site.module, inputs[site.module], query, key, value, attn_mask)
+        return fused_attention(site, w, output, *terms)
 
     def make():
         model = row.make()
@@ -183,7 +201,7 @@ def test_negative_control(family, term_left_out):
 
     control = dataclasses.replace(row, make=make)
     assert measure(control).error < 1e-5
-    with mock.patch.object(daam_core._FusedAttention, "__init__", told):
+    with mock.patch.object(daam_core, "_fused_attention", told):
         with pytest.raises(UnsupportedModel, match=r"^model: the attention of .* is not the sum of its semantic maps"):
             measure(control)
         with mock.patch.object(daam_core, "_check_backward"):
@@ -246,7 +264,7 @@ def test_all_rows_match_the_derivation(options, fused, importance):
         block.attn.fused_attn = fused
     target = None if importance is not None else [1, 4]
     flow = attention_flow(model, images, target, importance, rows="patches")
-    assert flow.rows == "patches" and flow.decomposed == "all tokens (rows='patches'), 3 blocks"
+    assert flow.rows == "patches" and flow.decomposed == "all tokens, rows='patches', 3 blocks"
     expected = [plain_all_rows(model, x, t, importance) for x, t in zip(images, target or (0, 0))]
     assert_same_maps(flow.block_maps, torch.stack(expected))
 
@@ -298,16 +316,17 @@ def test_coarse_grids_are_stretched_and_keep_their_sum():
     torch.testing.assert_close(daam_core._on_grid(torch.ones(1, 8), site, (6, 9)), torch.full((1, 6, 9), 1 / 9))
 
 
-def test_naflex_patches_find_their_places():
+@pytest.mark.parametrize("rows", ["class", "patches"])
+def test_naflex_patches_find_their_places(rows):
     """A padded batch gives each image what it gets alone."""
-    row = row_of("NaFlexViT, padded batch")
+    row = next(r for r in (DECOMPOSED if rows == "class" else ALL_ROWS) if r.images)
     batch = naflex_batch(model := row.make())
-    together = attention_flow(model, batch, target=[1, 3])
+    together = attention_flow(model, batch, target=[1, 3], rows=rows)
     assert together.block_maps.shape == (2, 3, 4, 5)
     for i, (h, w) in enumerate([(4, 4), (3, 5)]):
         alone = {name: tensor[i : i + 1, : h * w] for name, tensor in batch.items()}
         expected = torch.zeros(3, 4, 5)
-        expected[:, :h, :w] = attention_flow(model, alone, target=together.target[i].item()).block_maps[0]
+        expected[:, :h, :w] = attention_flow(model, alone, target=[1, 3][i], rows=rows).block_maps[0]
         assert_same_maps(together.block_maps[i : i + 1], expected[None])
 
 
@@ -325,8 +344,10 @@ def test_patches_lie_where_their_cells_say():
 def test_naflex_batch_that_lacks_a_part():
     batch = naflex_batch(model := row_of("NaFlexViT, padded batch").make())
     del batch["patch_coord"]
-    with pytest.raises(ValueError, match="^images: .* patch_coord is missing"):
+    with pytest.raises(ValueError, match="^images: .* patch_coord is not so"):
         attention_flow(model, batch)
+    with pytest.raises(ValueError, match="^images: .* patch_valid is not so"):
+        attention_flow(model, naflex_batch(model) | {"patch_valid": [True] * 16})
 
 
 @pytest.mark.parametrize("size", [(64, 96), (80, 48)])
@@ -342,8 +363,9 @@ def test_xcit_takes_images_of_every_size(size):
         ("TNT", (32, 32), "takes 64 x 64 pixels, got 32 x 32"),
         ("VOLO", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
         ("CaiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32"),
-        ("MViTv2 with a class token", (64, 72), "not a multiple of the patch, 32 x 32"),
-        ("NaFlexViT", (32, 36), "not a multiple of the patch, 8 x 8"),
+        ("MViTv2 with a class token", (64, 72), "not a multiple of the model's stride, 32 x 32"),
+        ("NaFlexViT", (32, 36), "not a multiple of the model's stride, 8 x 8"),
+        ("CrossViT", (224, 224), "takes 240 x 240 pixels, got 224 x 224"),
     ],
 )
 def test_refused_sizes(family, size, match):
@@ -351,11 +373,41 @@ def test_refused_sizes(family, size, match):
         attention_flow(row_of(family).make(), random_images(1, 3, *size))
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model"])
-def test_refused_sizes_of_transformers(name):
-    model = support_table.from_transformers("", name).make()
-    with pytest.raises(ValueError, match=r"^images: .*(takes 32 x 32 pixels|multiple of the patch, 8 x 8)"):
-        attention_flow(model, random_images(1, 3, 36, 36), importance=torch.ones(WIDTH))
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("ViTModel", "takes 32 x 32 pixels, got 36 x 36"),
+        ("Dinov2Model", "36 x 36 pixels are not a multiple of the model's stride, 8 x 8"),
+    ],
+)
+def test_refused_sizes_of_transformers(name, match):
+    with pytest.raises(ValueError, match=f"^images: .*{match}"):
+        attention_flow(from_transformers("", name).make(), random_images(1, 3, 36, 36), importance=torch.ones(WIDTH))
+
+
+def test_dinov2_of_transformers_takes_other_sizes():
+    flow = attention_flow(
+        from_transformers("", "Dinov2Model").make(), random_images(1, 3, 48, 32), importance=torch.ones(WIDTH)
+    )
+    assert flow.block_maps.shape == (1, 3, 6, 4)
+
+
+@pytest.mark.parametrize("family", ["TNT", "XCiT/16", "CrossViT", "MViTv2 with a class token", "DINOv3", "CaiT"])
+def test_refused_channels(family):
+    row = row_of(family)
+    with pytest.raises(ValueError, match="^images: the model takes 3 channels, got 1"):
+        attention_flow(row.make(), random_images(1, 1, *row.size))
+
+
+def test_models_of_one_channel():
+    model = tiny_timm("xcit_nano_12_p16_224", embed_dim=32, depth=1, num_heads=2, num_classes=5, in_chans=1)
+    assert attention_flow(model, random_images(1, 1, 64, 64)).block_maps.shape == (1, 2, 4, 4)
+
+
+def test_branches_that_see_different_parts_of_the_image():
+    model = tiny_timm("crossvit_9_240", embed_dim=[32, 64], num_classes=5, crop_scale=True)
+    with pytest.raises(UnsupportedModel, match="^model: .*crop_scale=True see different parts of the image"):
+        attention_flow(model, random_images(1, 3, 240, 240))
 
 
 def test_refused_size_of_torchvision():
@@ -467,6 +519,54 @@ class PlainWithoutConvolution(Plain):
         return torch.cat([self.layers.cls_token.expand(len(x), -1, -1), x], 1) + self.layers.pos_embed
 
 
+class PlainLastUnread(Plain):
+    """Computes an attention more, to no effect."""
+
+    def pool(self, x):
+        q = x.unsqueeze(1)
+        self.attend(q, q, q)
+        return x[:, 0]
+
+
+class PlainColumns(Plain):
+    def tokens(self, x):
+        x = self.layers.patch_embed.proj(x).transpose(2, 3).flatten(2).transpose(1, 2)
+        return torch.cat([self.layers.cls_token.expand(len(x), -1, -1), x], 1) + self.layers.pos_embed
+
+
+class PlainReversed(Plain):
+    def tokens(self, x):
+        x = super().tokens(x)
+        return torch.cat([x[:, :1], x[:, 1:].flip(1)], 1)
+
+
+class PlainOtherKeys(Plain):
+    """The same output: attention does not mind the order of keys and values."""
+
+    def attend(self, q, k, v):
+        return super().attend(q, *(torch.cat([x[:, :, :1], x[:, :, 1:].flip(2)], 2) for x in (k, v)))
+
+
+class PlainHeadsFirst(Plain):
+    """(H, B, N, d) instead of (B, H, N, d), where both are 2."""
+
+    def attend(self, q, k, v):
+        return super().attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1)
+
+
+class PlainFlipped(Plain):
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.flip(3))
+
+
+class PlainPartlyEinsum(Plain):
+    def attend(self, q, k, v):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls % 3 != 1:
+            return super().attend(q, k, v)
+        return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(q @ k.transpose(2, 3) / 12**0.5, -1), v)
+
+
 class PlainChannels(Plain):
     """Attention between channels, as in XCiT."""
 
@@ -474,20 +574,136 @@ class PlainChannels(Plain):
         return super().attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)).transpose(2, 3)
 
 
+NOT_IN_ORDER = "is of no family that is known, and its tokens are not a class token and then the patches, row by row"
+
+
 @pytest.mark.parametrize(
     "make, match",
     [
         (PlainMean, "^model: the score of PlainMean reads the patch tokens and not the class token"),
         (PlainBoth, "^model: the score of PlainBoth reads the patch tokens besides the class token"),
-        (PlainClassLast, "^model: the score of PlainClassLast reads the patch tokens and not the class token"),
+        (PlainClassLast, f"^model: PlainClassLast {NOT_IN_ORDER}"),
         (PlainRegister, r"^model: PlainRegister is of no family that is known.*18 to 18 tokens.* 1 \+ 4 x 4 tokens"),
-        (PlainWithoutConvolution, "^model: .* not that of a class token and patches from a convolution"),
+        (PlainWithoutConvolution, "^model: .* expected were patches from a convolution"),
         (PlainChannels, r"^model: PlainChannels is of no family that is known.*12 to 12 tokens"),
+        (PlainLastUnread, "^model: the score of PlainLastUnread does not depend on every attention that was seen"),
+        (PlainColumns, f"^model: PlainColumns {NOT_IN_ORDER}"),
+        (PlainReversed, f"^model: PlainReversed {NOT_IN_ORDER}"),
+        (PlainOtherKeys, f"^model: PlainOtherKeys {NOT_IN_ORDER}"),
+        (PlainHeadsFirst, f"^model: PlainHeadsFirst {NOT_IN_ORDER}"),
+        (PlainFlipped, "^model: PlainFlipped is of no family that is known, and sees the images more than once"),
+        (PlainPartlyEinsum, "^model: PlainPartlyEinsum is of no family .*part of its attention is not seen"),
     ],
 )
 def test_refused_models_of_no_known_family(make, match, images):
     with pytest.raises(UnsupportedModel, match=match):
         attention_flow(make(tiny_vit()), images)
+
+
+def test_part_of_the_image():
+    class Crop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Plain(tiny_vit())
+
+        def forward(self, x):
+            return self.inner(x[..., :32, :32])
+
+    with pytest.raises(UnsupportedModel, match=f"^model: Crop {NOT_IN_ORDER}"):
+        attention_flow(Crop(), random_images(2, 3, 64, 64))
+
+
+class Block(nn.Module):
+    """Attention as tutorials write it: nn.MultiheadAttention that also returns its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(24), nn.MultiheadAttention(24, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.norm(x)
+        y, weights = self.attention(y, y, y)
+        assert weights.shape == (len(x), 17, 17)
+        return x + y
+
+
+class Tutorial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 24, 8, 8), nn.Parameter(torch.zeros(1, 1, 24))
+        self.blocks, self.head = nn.Sequential(Block(), Block()), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        token = self.token if len(x) == 1 else self.token.expand(len(x), -1, -1)
+        return self.head(self.blocks(torch.cat([token, x], 1))[:, 0])
+
+
+def test_multihead_attention_that_returns_its_weights(images):
+    model = build(Tutorial)
+    flow = attention_flow(model, images, target=1)
+    assert flow.block_maps.shape == (2, 2, 4, 4) and (flow.block_maps > 0).float().mean() > 0.2
+    torch.testing.assert_close(flow.output, model(images))
+    assert_same_maps(attention_flow(model, images[:1], target=1).block_maps, flow.block_maps[:1])
+
+
+@pytest.mark.parametrize("family", ["parallel blocks", "CrossViT", "CaiT"])
+def test_images_that_require_grad_change_nothing(family):
+    row = row_of(family)
+    model, images = row.make(), random_images(2, 3, *row.size)
+    expected = attention_flow(model, images)
+    assert torch.equal(attention_flow(model, images.requires_grad_()).block_maps, expected.block_maps)
+    assert images.grad is None
+
+
+class Augments(VisionTransformer):
+    def forward(self, x):
+        return super().forward(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).mean(0)
+
+
+class Early(VisionTransformer):
+    """Leaves after the second block."""
+
+    def forward(self, x):
+        x = self._pos_embed(self.patch_embed(x))
+        x = self.blocks[1](self.blocks[0](x))
+        self.blocks[2](x)
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (
+            Augments,
+            r"^model: Augments attends in 4 images from 17 to 17 tokens.* expected were 2 images, 1 \+ 16 tokens",
+        ),
+        (Early, "^model: the score of Early does not depend on every attention that was seen"),
+    ],
+)
+def test_refused_subclasses(make, match, images):
+    with pytest.raises(UnsupportedModel, match=match):
+        attention_flow(tiny_vit(make), images)
+
+
+def test_model_made_in_inference_mode(images):
+    with torch.inference_mode():
+        model = tiny_vit()
+    with pytest.raises(ValueError, match=r"^model: was made under torch\.inference_mode"):
+        attention_flow(model, images)
+
+
+def test_wrappers_are_seen_through(images):
+    model = row_of("DeiT, distilled").make()
+    expected = attention_flow(model, images)
+    for wrapped in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model), torch.compile(model)):
+        assert torch.equal(attention_flow(wrapped, images).block_maps, expected.block_maps)
+
+
+def test_only_size_that_is_no_multiple_of_the_patch():
+    """As vit_so400m_patch14_siglip_384: the convolution leaves the rest out."""
+    flow = attention_flow(tiny_vit(img_size=36), random_images(1, 3, 36, 36))
+    assert flow.block_maps.shape == (1, 3, 4, 4)
 
 
 def test_encoder_of_torch_is_seen(images):
@@ -519,7 +735,7 @@ FEATURES = {
     "Dinov2ForImageClassification": (
         lambda m, x: torch.cat([(t := m.dinov2(x).last_hidden_state)[:, 0], t[:, 1:].mean(1)], 1), 5,
     ),
-    "DeiTForImageClassificationWithTeacher": (lambda m, x: m.deit(x).last_hidden_state[:, 0], 5),
+    "DeiTForImageClassificationWithTeacher": (lambda m, x: m.deit(x).last_hidden_state[:, :2].mean(1), 5),
     "ViTModel": (lambda m, x: m(x).last_hidden_state[:, 0], 0),
     "DINOv3ViTModel": (lambda m, x: m(x).pooler_output, 0),
 }  # fmt: skip
@@ -527,7 +743,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_of_transformers(name, images):
-    model = support_table.from_transformers("", name).make()
+    model = from_transformers("", name).make()
     expected, classes = FEATURES[name]
     with torch.no_grad():
         torch.testing.assert_close(features(model, images), expected(model, images))
@@ -546,8 +762,28 @@ def test_features_of_torchvision_and_timm(images):
         assert torch.equal(features(Plain(headless), images), Plain(headless)(images))
 
 
+@pytest.mark.parametrize("base", ["DeiTForImageClassification", "ViTForImageClassification"])
+def test_subclasses_of_transformers(base, images):
+    import transformers
+
+    model = from_transformers("", base).make()
+    expected = attention_flow(model, images)
+    model.__class__ = type("Mine", (getattr(transformers, base),), {})
+    assert torch.equal(attention_flow(model, images).block_maps, expected.block_maps)
+    with pytest.raises(ValueError, match="^images: the model takes 32 x 32 pixels"):
+        attention_flow(model, random_images(1, 3, 40, 40))
+
+
+def test_backbone_of_transformers_has_no_feature(images):
+    model = from_transformers("", "Dinov2Backbone").make()
+    with pytest.raises(
+        UnsupportedModel, match="^model: Dinov2Backbone has neither a classifier nor a last_hidden_state"
+    ):
+        attention_flow(model, images, importance=torch.ones(WIDTH))
+
+
 def test_transformers_without_classifier_needs_importance(images):
-    model = support_table.from_transformers("", "ViTModel").make()
+    model = from_transformers("", "ViTModel").make()
     with pytest.raises(ValueError, match="^importance: the model has no classifier"):
         attention_flow(model, images)
 

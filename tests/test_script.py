@@ -267,9 +267,9 @@ def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
     one_line_error(result, "scores the mean patch token", "global_pool='token'", "--rows patches")
     result = run(*options, "--rows", "patches", env=offline)
     assert result.returncode == 0, result.stderr
-    assert "(all tokens (rows='patches'), 12 blocks)" in result.stdout
+    assert "(all tokens, rows='patches', 12 blocks)" in result.stdout
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
-    assert flow["decomposed"] == "all tokens (rows='patches'), 12 blocks" and flow["settings"]["rows"] == "patches"
+    assert flow["decomposed"] == "all tokens, rows='patches', 12 blocks" and flow["settings"]["rows"] == "patches"
 
 
 def test_rows_that_a_family_has_not(offline, tmp_path):
