@@ -74,8 +74,8 @@ DEVICE = "auto"
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
 
-# Whose attention: "class" is that of the class token, as in the paper; "patches" that of all tokens, for models whose
-# head averages the patches.
+# Which queries are decomposed: "class" is the class token, as in the paper; "patches" are all tokens, for models that
+# average the patches.
 ROWS = "class"
 
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
@@ -132,6 +132,8 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int |
 def load_of_bank(bank: MemoryBank, options: argparse.Namespace) -> LoadedModel:
     """The model that a bank names; DINO's where it names none, or where the options name it."""
     name = getattr(options, "model", bank.metadata.get("model", DEFAULT))
+    if name.startswith("hf:") and "/" not in name:
+        raise ValueError(f"model: the bank {options.bank} was built with a folder {name[3:]}; give it, --model hf:PATH")
     if not (":" in name or timm.is_model(name) or name in embedded_names()):
         file = (bank.metadata.get("checkpoint") or {}).get("file", name)
         raise ValueError(f"checkpoint: the bank {options.bank} was built with {file}; give it with --checkpoint")

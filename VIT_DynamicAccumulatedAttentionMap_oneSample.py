@@ -52,8 +52,8 @@ DEVICE = "auto"
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
 
-# Whose attention: "class" is that of the class token, as in the paper; "patches" that of all tokens, for models whose
-# head averages the patches.
+# Which queries are decomposed: "class" is the class token, as in the paper; "patches" are all tokens, for models that
+# average the patches.
 ROWS = "class"
 
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number

@@ -45,7 +45,7 @@ __all__ = [
 @dataclass(frozen=True)
 class LoadedModel:
     name: str
-    """As given to `load`; of a folder "hf:" and its last part, of a checkpoint that knows its architecture the stem."""
+    """As given to `load`; of a folder "hf:" and its name; of a checkpoint that names its architecture the stem."""
     model: nn.Module
     """In eval mode, float32."""
     transform: Callable[[Image.Image], Tensor]
@@ -112,7 +112,7 @@ def load(
     library, _, its_name = (name or "").partition(":")
     if library == "hf":
         if checkpoint is not None:
-            raise ValueError("checkpoint: hf: models are read whole; give a folder: hf:PATH")
+            raise ValueError("checkpoint: is not for hf: models, which bring their weights; name their folder, hf:PATH")
         source = from_transformers(its_name)
     elif library == "torchvision":
         source = from_torchvision(its_name, checkpoint)

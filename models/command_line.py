@@ -69,7 +69,7 @@ def flow_options(
         "--checkpoint",
         metavar="FILE",
         default=checkpoint,
-        help="local weights, .safetensors or .pth (default: %(default)s)",
+        help=f"local weights, .safetensors or .pth (default: {checkpoint or 'those of the model'})",
     )
     add(
         "--target",
@@ -89,7 +89,7 @@ def flow_options(
         "--rows",
         choices=["class", "patches"],
         default=rows,
-        help="whose attention: of the class token, or of all tokens, for heads that average the patches "
+        help="which queries are decomposed: the class token, or all tokens, for models that average the patches "
         "(default: %(default)s)",
     )
     add(
@@ -224,7 +224,7 @@ def manifest(
     """What flow.json says of every flow, and `more`."""
     device = str(next(loaded.model.parameters()).device)
     return {
-        "method": "Dynamic Accumulated Attention Map",
+        "method": "Dynamic Accumulated Attention Map" + ", all-rows form" * (flow.rows == "patches"),
         "model": loaded.name,
         "checkpoint": loaded.provenance,
         "image": {"file": str(file), "sha256": sha256(file), "width": photo.width, "height": photo.height},
@@ -239,7 +239,7 @@ def manifest(
             "duration": options.duration,
             "device": device,
         },
-        "versions": versions(*PACKAGES),
+        "versions": versions(*PACKAGES, *(["transformers"] if "transformers" in sys.modules else [])),
     }
 
 
@@ -267,7 +267,7 @@ def save_result(
     """
     index, name, share = explained
     name = name.split(", ")[0]
-    folder = folder.with_name(f"{folder.name}-{file_name(name)}")
+    folder = folder.with_name(f"{folder.name}-{file_name(name)}" + "-patches" * (flow.rows == "patches"))
     caption = f"{name}: {share.split(',')[0].strip()}\n{loaded.name}\n" + textwrap.fill(flow.decomposed, 34)
     if index != classes[0][0]:
         caption += f"\npredicted: {classes[0][1].split(', ')[0]} {classes[0][2].split(',')[0].strip()}"

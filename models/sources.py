@@ -135,7 +135,7 @@ def _check_name(name: str) -> None:
     if not timm.is_model(name):
         known = [*timm.list_models(), *embedded_names()]
         near = [f"torchvision:{name}"] if name in torchvision.models.list_models() else []
-        near += [f"hf:{name}"] if "/" in name else []
+        near += [f"hf:{name}"] if "/" in name and ":" not in name else []
         near += [other for other in known if other.startswith(name)]
         near += difflib.get_close_matches(name, known, n=3)
         near = list(dict.fromkeys(near))[:3]
@@ -190,17 +190,17 @@ def from_transformers(name: str) -> Source:
             if not is_classifier and "add_pooling_layer" in inspect.signature(kind).parameters:
                 options["add_pooling_layer"] = False
             model, loaded = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
-            report = misfits(
-                {
-                    "missing": sorted(loaded["missing_keys"]),
-                    "of another shape": sorted(k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]),
-                }
-            )
-            if report:
-                raise ValueError(f"{file.name} does not fit {kind.__name__}: {report}")
             size, mean, std, interpolation = _image_settings(folder, config, transformers)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
         raise ValueError(f"model: {name} cannot be loaded: {first_line(error)}") from error
+    report = misfits(
+        {
+            "missing": sorted(loaded["missing_keys"]),
+            "of another shape": sorted(k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]),
+        }
+    )
+    if report:
+        raise ValueError(f"model: {name} does not fit {kind.__name__}: {report}")
 
     num_classes = config.num_labels if is_classifier else 0
     names = [config.id2label.get(i, f"LABEL_{i}") for i in range(num_classes)]
@@ -223,7 +223,7 @@ def _hub_folder(name: str) -> Path:
     if config and processor is not None and _weights_in(config.parent):
         return config.parent
 
-    require_server(hub.ENDPOINT, f"hf:{name}")
+    require_server(hub.ENDPOINT, f"hf:{name}", "a folder (there is none of that name): hf:PATH")
     try:
         config = _fetch(repository, revision or None)
     except GatedRepoError as error:

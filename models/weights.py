@@ -54,11 +54,12 @@ def in_torch_cache(url: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def require_server(url: str, name: str) -> None:
-    """Raise WeightsUnavailable where the server that has the weights of a model does not answer."""
+def require_server(url: str, name: str, local: str = "a local checkpoint") -> None:
+    """Raise WeightsUnavailable where the server that has the weights of a model does not answer; `local` says how to
+    do without."""
     if not reachable(url):
         raise WeightsUnavailable(
-            f"model: the weights of {name} are not cached and {url} cannot be reached; give local ones, "
+            f"model: the weights of {name} are not cached and {url} cannot be reached; give {local}, "
             f"or an embedded model ({', '.join(embedded_names())})"
         )
 

@@ -7,7 +7,6 @@ import logging
 import shutil
 import sys
 import threading
-import time
 from functools import partial
 from typing import Optional
 
@@ -204,7 +203,7 @@ def without(*keys):
     [
         (
             without("classifier."),
-            r"model.safetensors does not fit ViTForImageClassification: "
+            r"does not fit ViTForImageClassification: "
             r"2 keys missing \(classifier.bias, classifier.weight\)",
         ),
         (without("vit.encoder", "vit.layers", "vit.layernorm"), r"keys missing \((\S+, ){3}\.\.\.\)"),
@@ -248,7 +247,7 @@ def test_transformers_is_not_installed(monkeypatch):
 
 
 def test_a_checkpoint_beside_a_folder(tmp_path):
-    refused(f"hf:{tmp_path}", "^checkpoint: hf: models are read whole; give a folder: hf:PATH$", tmp_path / "w.pth")
+    refused(f"hf:{tmp_path}", "^checkpoint: is not for hf: models, .* name their folder, hf:PATH$", tmp_path / "w.pth")
 
 
 # transformers: images -------------------------------------------------------------------------------------------------
@@ -337,9 +336,8 @@ def test_a_cache_that_lacks_something_and_no_network(tmp_path, lacking):
     if lacking != "everything":
         saved(tmp_path / "mine")
         (cached(tmp_path / "mine", tmp_path) / lacking).unlink()
-    start = time.monotonic()
     error = refused("hf:some/vit", f"the weights of hf:some/vit are not cached and {CLOSED} cannot be reached")
-    assert isinstance(error, WeightsUnavailable) and time.monotonic() - start < 6
+    assert isinstance(error, WeightsUnavailable)
 
 
 def test_a_cache_that_knows_that_there_is_no_image_processor(tmp_path):
@@ -488,9 +486,8 @@ def test_torchvision(tiny, tmp_path, monkeypatch, name, entry, size, mean, blend
 
 def test_torchvision_without_cache_and_network(tiny, tmp_path):
     shutil.rmtree(tmp_path / "torch")
-    start = time.monotonic()
     error = refused("torchvision:tiny_vit", "the weights of torchvision:tiny_vit are not cached and http.* reached")
-    assert isinstance(error, WeightsUnavailable) and time.monotonic() - start < 6
+    assert isinstance(error, WeightsUnavailable)
 
 
 def test_torchvision_with_a_damaged_cache(tiny, tmp_path):

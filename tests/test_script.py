@@ -17,6 +17,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+import transformers
 from PIL import Image
 from test_models import fake_cache
 from tiny_models import build, tiny_timm
@@ -270,6 +271,8 @@ def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
     assert "(all tokens, rows='patches', 12 blocks)" in result.stdout
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
     assert flow["decomposed"] == "all tokens, rows='patches', 12 blocks" and flow["settings"]["rows"] == "patches"
+    assert flow["method"] == "Dynamic Accumulated Attention Map, all-rows form"
+    assert (tmp_path / "out" / "weights" / "coffee-class_1-patches" / "flow.gif").is_file()
 
 
 def test_rows_that_a_family_has_not(offline, tmp_path):
@@ -279,7 +282,6 @@ def test_rows_that_a_family_has_not(offline, tmp_path):
 
 
 def test_transformers_model_from_a_folder(offline, tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
         id2label={0: "cat", 1: "dog", 2: "cup"},

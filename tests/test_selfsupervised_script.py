@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import transformers
 from PIL import Image
 from test_memorybank import TINY, rows, write_bank
 from test_models import by_facebook
@@ -254,6 +255,12 @@ def test_the_supervised_script_names_this_one(offline, tmp_path):  # noqa: F811
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def build_bank(model, photos, out, env):
+    command = [sys.executable, "-m", "memorybank", "build", *model, "--train", photos, "--out", out, "--workers", 0]
+    result = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
     """A training checkpoint as DINO writes it; a bank is built with it, and the script explains two frames."""
     name = "xcit_nano_12_p16_224"
@@ -262,11 +269,7 @@ def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
     teacher |= {"module.head.mlp.0.weight": torch.zeros(8, 128), "module.head.last_layer.weight_v": torch.zeros(9, 8)}
     torch.save({"student": teacher, "teacher": teacher, "epoch": 300}, tmp_path / "dino_xcit.pth")
     options = ("--model", name, "--checkpoint", tmp_path / "dino_xcit.pth")
-    command = ("-m", "memorybank", "build", *options, "--train", own_bank / "photos", "--out", tmp_path / "bank")
-    result = subprocess.run(
-        [sys.executable, *map(str, command), "--workers", "0"], cwd=ROOT, env=offline, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    build_bank(options, own_bank / "photos", tmp_path / "bank", offline)
 
     result = run(*options, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", "--k", 5, env=offline)
     assert result.returncode == 0, result.stderr
@@ -287,28 +290,16 @@ def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
 
 
 def test_transformers_model_and_its_bank(own_bank, offline, tmp_path):  # noqa: F811
-    transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
     )
     build_random(transformers.Dinov2Model, config).save_pretrained(tmp_path / "mine")
     model = f"hf:{tmp_path / 'mine'}"
-    command = (
-        "-m",
-        "memorybank",
-        "build",
-        "--model",
-        model,
-        "--train",
-        own_bank / "photos",
-        "--out",
-        tmp_path / "bank",
-    )
-    result = subprocess.run(
-        [sys.executable, *map(str, command), "--workers", "0"], cwd=ROOT, env=offline, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    build_bank(("--model", model), own_bank / "photos", tmp_path / "bank", offline)
     result = run("--model", model, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", env=offline)
     assert result.returncode == 0, result.stderr
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
     assert flow["model"] == "hf:mine" and flow["grid"] == [4, 4] and flow["decomposed"] == "class token, 3 blocks"
+    assert flow["versions"]["transformers"] == transformers.__version__
+    result = run("--bank", tmp_path / "bank", env=offline, cwd=tmp_path)
+    one_line_error(result, "model: the bank", "was built with a folder mine; give it, --model hf:PATH")
