@@ -700,8 +700,11 @@ def _tnt(model: nn.Module, images: Tensor) -> _Plan:
 def _mvit(model: nn.Module, images: Tensor) -> _Plan:
     """MViTv2 with a class token (Li et al. 2022): the keys are pooled, more or less from stage to stage. T = sum_j S[j]
     is what the attention gives; the query that is added to it has no place in the picture."""
-    _check_size(images, None, (32, 32))
-    grid, frames = _after_convolution(images.shape[2:], model.patch_embed.proj), []
+    first, embed = model.stages[0].blocks[0].attn, model.patch_embed.proj
+    if first.rel_pos_type == "spatial":  # its table, of 2 n - 1 distances, decides the size
+        n = (len(first.rel_pos_h) + 1) // 2 * (first.pool_q.stride[0] if first.pool_q else 1)
+        _check_size(images, [n * stride for stride in embed.stride])
+    grid, frames = _after_convolution(images.shape[2:], embed), []
     for block in (block for stage in model.stages for block in stage.blocks):
         frames.append([_Site(block.attn, _after_convolution(grid, block.attn.pool_k))])
         grid = _after_convolution(grid, block.attn.pool_q)

@@ -298,7 +298,7 @@ def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], T
     if name.startswith("Diff"):
         return module.sub_norm, lambda x: x.transpose(1, 2).flatten(2)  # (B, H, N, 2 d)
     if name == "ParallelScalingBlock":
-        reader = module.attn_out_proj if module.out_proj is None else module.out_proj
+        reader = getattr(module, "out_proj", None) or module.attn_out_proj
         return reader, lambda x: x[..., : module.num_heads * module.head_dim]
     if not re.search("Attention|Attn|MHSA", name) or name.startswith("CrossAttentionBlock"):
         return None, None

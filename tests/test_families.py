@@ -363,7 +363,7 @@ def test_xcit_takes_images_of_every_size(size):
         ("TNT", (32, 32), "takes 64 x 64 pixels, got 32 x 32"),
         ("VOLO", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
         ("CaiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32"),
-        ("MViTv2 with a class token", (64, 72), "not a multiple of the model's stride, 32 x 32"),
+        ("MViTv2 with a class token", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
         ("NaFlexViT", (32, 36), "not a multiple of the model's stride, 8 x 8"),
         ("CrossViT", (224, 224), "takes 240 x 240 pixels, got 224 x 224"),
     ],
