@@ -175,8 +175,8 @@ def attention_flow(
 def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
     """`(B, D)`: what the classifier reads, timm's `pre_logits`.
 
-    Of a model of transformers without a classifier the class token of `last_hidden_state`; of one of no known library
-    its output.
+    Of a model of transformers without a classifier the class token of `last_hidden_state` (of BEiT with mean pooling
+    the `pooler_output`); of one of no known library its output.
     """
     library = _library(model)
     if library == "timm" and isinstance(images, dict):
@@ -440,7 +440,8 @@ class _Attention:
     T, `(B, H, M, d)` -> `(B, H', N, d)` float32.
 
     `receive` is the hook of T. It computes `map` `(B, N)` float32, L_b over all keys; `remainder`, the largest
-    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, which queries a gradient came to.
+    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, which queries a gradient came to. All are
+    None before.
     """
 
     def __init__(
@@ -457,8 +458,7 @@ class _Attention:
         self.output, self.value = output.detach()[..., self.queries, :].clone(), value.detach()
         self.shape = output.shape[0], output.shape[-2], value.shape[-2]  # B, queries M, keys N
         self.dtype = output.dtype
-        self.map = value.new_zeros(output.shape[0], value.shape[-2], dtype=torch.float32)  # stays so where Y ignores T
-        self.remainder = self.read = None
+        self.map = self.remainder = self.read = None
 
     def receive(self, gradient: Tensor) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
