@@ -217,6 +217,20 @@ class DropsAlways(Attention):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
+class AlsoOfKeys(Attention):
+    """What it hands on is more than the attention row times the values."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        matrix = (q @ k.transpose(2, 3) * self.scale).softmax(-1)
+        return self.proj((matrix @ v + matrix @ k).transpose(1, 2).flatten(2))
+
+
+def test_matrix_that_multiplies_twice_is_refused():
+    with pytest.raises(UnsupportedModel, match="^model: attention was seen 2 times in the AlsoOfKeys of"):
+        attention_flow(tiny_vit(attn_layer=AlsoOfKeys), random_images(2, 3, 32, 32))
+
+
 def test_attention_that_is_not_the_sum_of_its_maps_is_refused():
     with pytest.raises(UnsupportedModel, match="is not the sum of its semantic maps"):
         attention_flow(tiny_vit(attn_layer=DropsAlways), random_images(2, 3, 32, 32))
@@ -737,6 +751,7 @@ FEATURES = {
     ),
     "DeiTForImageClassificationWithTeacher": (lambda m, x: m.deit(x).last_hidden_state[:, :2].mean(1), 5),
     "ViTModel": (lambda m, x: m(x).last_hidden_state[:, 0], 0),
+    "BeitModel": (lambda m, x: m(x).pooler_output, 0),
     "DINOv3ViTModel": (lambda m, x: m(x).pooler_output, 0),
 }  # fmt: skip
 
