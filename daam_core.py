@@ -12,7 +12,8 @@ which the first P are prefix tokens, head width d, C = H * d, patch grid h x w):
 
     a_b = softmax(q_cls K^T / sqrt(d))          (B, H, N)     attention row of the class token
     S_b[j] = a_b[j] V_b[j]                      (B, N, C)     semantic spatial map; its sum over j is
-    T_b = sum_j S_b[j]                          (B, C)        what the attention hands to `attn.proj` at the class token
+    T_b = sum_j S_b[j]                          (B, C)        output of the attention at the class token, before
+                                                              any norm, gate and projection
     C_b = dY / dT_b                             (B, C)        importance coefficients
     L_b[j] = ReLU(sum_c w(C_b)_c S_b[j, c])     (B, h, w)     map of the block, over the patch tokens
     A_b = L_1 + ... + L_b                       (B, h, w)     the attention flow
@@ -24,8 +25,8 @@ How it is computed: a function of the model's family says in which modules the c
 sites). While the model runs, a `TorchFunctionMode` sees the attention inside them: q, k and v of the fused
 `scaled_dot_product_attention` (after every norm, bias and rotation), or the matrix that multiplies v where a model
 computes it in the open; and T for all tokens. One backward, for activations only, brings dY/dT_b; L_b is computed the
-moment it arrives, from what the graph keeps anyway and the class token's row of q. Fused attention stays fused, no
-(B, N, C) map is made, and the model is left as it was. Where attention is fused, sum_j S_b[j] == T_b is checked.
+moment it arrives, from q, k and v, which the graph of the blocks keeps anyway. Fused attention stays fused (but for
+timm's differential attention), no (B, N, C) map is made, and where attention is fused sum_j S_b[j] == T_b is checked.
 
 Sections: the flow; the attention that is watched; the families of models, one function and one row of a table each;
 what is checked; from maps to pictures; files.
@@ -97,7 +98,7 @@ class AttentionFlow:
     decomposed: str = ""
     """What the frames are, in words: "class token, 12 blocks", "class token, 2 class-attention blocks", ..."""
     num_prefix_tokens: int = 1
-    """P, at the first site."""
+    """How many keys come before the patches in the first attention that is decomposed."""
 
 
 def attention_flow(
@@ -115,7 +116,7 @@ def attention_flow(
             any other one that has a class token, patches from a convolution, and nothing else among its tokens. It runs
             in eval mode and is given back as it was, also after an exception. Threads may explain several models at
             once, or share one that is in eval mode (not one with timm's differential attention).
-        images: `(B, 3, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
+        images: `(B, C, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
             NaFlexVit also takes the dict of timm's collator, with `patches`, `patch_coord` and `patch_valid`: maps of
             images with different grids then share the largest height and width, zero outside of their own.
         target: the class to explain: None for each image's predicted class, one index for all, or one per image.
@@ -124,7 +125,7 @@ def attention_flow(
         norm: min-max normalise every L_b, image by image, before it is added to the flow.
         rows: "class" is the method of the paper: the row of the class token. "patches" is another one, for models whose
             score reads the mean of the patch tokens: L_b[j] = ReLU(sum_c V[j]_c (A^T w(C))[j]_c) with all rows of the
-            attention matrix A and of C = dY/dT; with w = identity it is V * dY/dV.
+            attention matrix A and of C = dY/dT; with w = identity it is ReLU(sum_c V * dY/dV).
 
     Returns:
         An `AttentionFlow`, one map a block for every image. In models with patch grids of several sizes every map is
@@ -176,11 +177,14 @@ def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
     """`(B, D)`: what the classifier reads, timm's `pre_logits`.
 
     Of a model of transformers without a classifier the class token of `last_hidden_state` (of BEiT with mean pooling
-    the `pooler_output`); of one of no known library its output.
+    the `pooler_output`); of one of no known library its output. The model runs as it is: mode, device and gradients are
+    the caller's.
     """
+    model = _unwrapped(model)
     library = _library(model)
     if library == "timm" and isinstance(images, dict):
-        return model.forward_head(**model.forward_features(**images), pre_logits=True)
+        patches = {name: images[name] for name in ("patches", "patch_coord", "patch_valid")}
+        return model.forward_head(**model.forward_features(**patches), pre_logits=True)
     if library == "timm":
         return model.forward_head(model.forward_features(images), pre_logits=True)
     head = getattr(model, {"torchvision": "heads", "transformers": "classifier"}.get(library, ""), None)
@@ -204,6 +208,7 @@ def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
 
 def num_classes(model: nn.Module) -> int | None:
     """The width of its classifier, 0 where it has none, None where that is not known."""
+    model = _unwrapped(model)
     library = _library(model)
     if library == "torchvision" and hasattr(model, "heads"):
         return next((m.out_features for m in reversed(list(model.heads.modules())) if isinstance(m, nn.Linear)), 0)
@@ -236,7 +241,7 @@ def _library(model: nn.Module) -> str:
 def _to(images: Tensor | dict[str, Tensor], parameter: Tensor) -> Tensor | dict[str, Tensor]:
     """On the device of the parameter and, where it is floating point, in its dtype."""
     if isinstance(images, dict):
-        return {name: _to(tensor, parameter) for name, tensor in images.items()}
+        return {name: _to(x, parameter) if isinstance(x, Tensor) else x for name, x in images.items()}
     return images.detach().to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 
 
@@ -248,8 +253,9 @@ def _on_grid(tokens: Tensor, site: _Site, size: tuple[int, int]) -> Tensor:
     grid = tokens.unflatten(1, site.grid)
     if site.grid == size:
         return grid
-    share = math.prod(site.grid) / math.prod(size)
-    return F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0] * share
+    stretched = F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    total = stretched.sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return stretched * (grid.sum((1, 2), keepdim=True) / total)
 
 
 def _min_max(maps: Tensor) -> Tensor:
@@ -263,7 +269,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode; without timm's checkpointing, whose second forward would not be watched, and with timm's differential
     attention as one matrix instead of the difference of two fused calls. Every flag is put back."""
     flags = [(m, name) for m in model.modules() for name in ("training", "grad_checkpointing") if m.__dict__.get(name)]
-    flags += [(m, "fused_attn") for m in model.modules() if type(m).__name__.startswith("Diff") and m.fused_attn]
+    differential = [m for m in model.modules() if type(m).__name__.startswith("Diff")]
+    flags += [(m, "fused_attn") for m in differential if m.__dict__.get("fused_attn")]
     try:
         for module, name in flags:
             setattr(module, name, False)
@@ -324,7 +331,7 @@ class _Plan:
     decomposed: str
     """See `AttentionFlow`."""
     pool: _Site | None = None
-    """The attention pool that the score reads, where the class token leads to no score."""
+    """The attention pool, in models whose score reads its query instead of the class token."""
 
 
 @contextmanager
@@ -364,7 +371,7 @@ class _AttentionWatch(TorchFunctionMode):
         self.channels: int | None = None
         """Of what the first convolution reads, the images."""
         self.images_again = False
-        """Whether a convolution reads as many channels after the first attention."""
+        """Whether a convolution after the first attention reads as many channels as the images have."""
 
     def enter(self, site: _Site, module: nn.Module, args: tuple) -> None:
         self.site = site
@@ -382,10 +389,11 @@ class _AttentionWatch(TorchFunctionMode):
             return output, func(*args, **kwargs)[1] if kwargs.get("need_weights", True) else None
         output = func(*args, **kwargs)
         if func is F.conv2d and output.ndim == 4:
+            channels = (args[0] if args else kwargs["input"]).shape[1]
             if self.calls:
-                self.images_again |= args[0].shape[1] == self.channels
+                self.images_again |= channels == self.channels
             else:
-                self.grid, self.channels = tuple(output.shape[2:]), self.channels or args[0].shape[1]
+                self.grid, self.channels = tuple(output.shape[2:]), self.channels or channels
         if self.site is None:
             return output
         if func in _SOFTMAX:
@@ -394,8 +402,8 @@ class _AttentionWatch(TorchFunctionMode):
             values = args[2] if len(args) > 2 else kwargs["value"]
             output = self.record(_fused_attention(self.site, self.w, output, *args, **kwargs), output, values)
         elif func in _MATMUL and args and args[0].ndim == output.ndim == 4 and self.is_attention(args[0]):
-            self.matrix = args[0]
-            output = self.record(_open_attention(self.site, self.w, output, *args), output, args[1])
+            self.matrix, values = args[0], args[1] if len(args) > 1 else kwargs["other"]
+            output = self.record(_open_attention(self.site, self.w, output, self.matrix, values), output, values)
         return output
 
     def is_attention(self, matrix: Tensor) -> bool:
@@ -417,8 +425,8 @@ class _AttentionWatch(TorchFunctionMode):
 
 def _without_weights(argument: object) -> object:
     """Parameters detached, also in a list."""
-    if isinstance(argument, (list, tuple)):
-        return type(argument)([_without_weights(a) for a in argument]) if type(argument) in (list, tuple) else argument
+    if type(argument) in (list, tuple):
+        return type(argument)(map(_without_weights, argument))
     return argument.detach() if isinstance(argument, nn.Parameter) else argument
 
 
@@ -440,8 +448,8 @@ class _Attention:
     T, `(B, H, M, d)` -> `(B, H', N, d)` float32.
 
     `receive` is the hook of T. It computes `map` `(B, N)` float32, L_b over all keys; `remainder`, the largest
-    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read` `(M,)`, which queries a gradient came to. All are
-    None before.
+    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read_queries` `(M,)` bool, those that the score
+    reads. All are None before.
     """
 
     def __init__(
@@ -458,7 +466,7 @@ class _Attention:
         self.output, self.value = output.detach()[..., self.queries, :].clone(), value.detach()
         self.shape = output.shape[0], output.shape[-2], value.shape[-2]  # B, queries M, keys N
         self.dtype = output.dtype
-        self.map = self.remainder = self.read = None
+        self.map = self.remainder = self.read_queries = None
 
     def receive(self, gradient: Tensor) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
@@ -466,7 +474,7 @@ class _Attention:
             values = _for_heads(value, spread.shape[1])
             largest = output.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
             self.remainder = (spread @ values - output).abs().max() / largest
-            self.read = gradient.ne(0).any(-1).flatten(0, -2).any(0)
+            self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
                 self.map = (value * self.pull(self.w(gradient.float()))).sum((1, 3)).relu()  # V[j] (A^T w(C))[j]
             else:
@@ -540,9 +548,11 @@ def _for_heads(shared: Tensor, heads: int) -> Tensor:
 # The families of models: where the class token attends to the patches
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# A family is a function (model, images) -> _Plan and a row of `_FAMILIES`. It names the modules; what their
-# attention does is seen while the model runs, and held against the plan by `_check_forward` and `_check_backward`: one
-# attention a site, the expected number of keys, sum_j S_b[j] == T_b, a score that reads no other queries.
+# To add a family: write a function (model, images) -> _Plan that names the modules; add a row to `_FAMILIES`, and to
+# `_ALL_ROWS` if its score may read the mean patch token; for a package other than timm, torchvision and transformers
+# teach `_library`, `features` and `num_classes`; add a row to tests/support_table.py. What the attention does is seen
+# while the model runs, and held against the plan by `_check_forward` and `_check_backward`: one attention a site, the
+# expected number of keys, sum_j S_b[j] == T_b where it is fused, a score that reads no other queries.
 
 
 def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | None:
@@ -563,6 +573,11 @@ def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | No
     if family is None:
         return None
     plan = family(model, images)
+    inherited = type(model).__module__.split(".")[0] != _library(
+        model
+    )  # somebody's own class, derived from the family's
+    if inherited and family in _ALL_ROWS and isinstance(images, Tensor):
+        _check_places(model, images, plan.frames[0][0])
     if all_rows:
         frames = [*plan.frames, *([[plan.pool]] if plan.pool else [])]
         frames = [[replace(site, queries=None) for site in frame] for frame in frames]
@@ -592,7 +607,8 @@ def _blocks(frames: list[list[_Site]]) -> _Plan:
 
 def _vision_transformer(model: nn.Module, images: Tensor) -> _Plan:
     """timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos."""
-    return _vit_blocks(model, _grid_of(model.patch_embed, images))
+    way_out = ", or build the model with dynamic_img_size=True" if hasattr(model, "dynamic_img_size") else ""
+    return _vit_blocks(model, _grid_of(model.patch_embed, images, way_out))
 
 
 def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor]) -> _Plan:
@@ -604,7 +620,7 @@ def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor]) -> _Plan:
         if name not in shapes or shapes[name] != shapes["patches"] or len(shapes[name]) != 2:
             raise ValueError(
                 f"images: NaFlexVit takes a dict of the tensors patches (B, N, P * P * 3), patch_coord (B, N, 2) and "
-                f"patch_valid (B, N); {name} is not so"
+                f"patch_valid (B, N); {name} is missing or has another shape"
             )
     y, x = images["patch_coord"].long().unbind(-1)
     size = int(y.max()) + 1, int(x.max()) + 1
@@ -644,7 +660,7 @@ def _xcit(model: nn.Module, images: Tensor) -> _Plan:
 
 
 def _volo(model: nn.Module, images: Tensor) -> _Plan:
-    """VOLO (Yuan et al. 2021): as CaiT; the score adds the largest of every patch's own, which no T leads to."""
+    """VOLO (Yuan et al. 2021): as CaiT. The score adds half of the largest patch score, which does not depend on T."""
     grid = tuple(model.pos_embed.shape[1:3])
     stride = 2 * math.prod(m.stride[0] for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
     _check_size(images, [stride * side for side in grid])
@@ -728,67 +744,9 @@ def _transformers(model: nn.Module, images: Tensor) -> _Plan:
     prefix = 1 + (config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
     queries = 2 if hasattr(model, "distillation_classifier") else 1
     layers = [m for m in model.modules() if type(m).__name__.endswith("Layer") and hasattr(m, "attention")]
+    if not layers:
+        raise UnsupportedModel(f"model: {type(model).__name__} has no layers like those of transformers' ViTs")
     return _blocks([[_Site(layer.attention, grid, prefix, queries)] for layer in layers])
-
-
-def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> _Plan:
-    """A model of no known family, after its run. The grid is that of its last convolution before the first attention;
-    a token more than that must be the class token, and the patches must lie in their order (`_check_places`)."""
-    name, grid, calls = type(model).__name__, watch.grid, watch.calls
-    if not calls:
-        raise UnsupportedModel(
-            f"model: {name} has no attention that DAAM can see: no scaled_dot_product_attention, no softmax(Q K^T) V"
-        )
-    tokens = 1 + math.prod(grid) if grid else 0
-    odd = next((call.shape for call in calls if call.shape != (len(images), tokens, tokens)), None)
-    if odd is not None:
-        wanted = f"{len(images)} images, 1 + {grid[0]} x {grid[1]} tokens" if grid else "patches from a convolution"
-        raise UnsupportedModel(
-            f"model: {name} is of no family that is known, and not a class token with patches all through: it attends "
-            f"in {odd[0]} images from {odd[1]} to {odd[2]} tokens, and expected were {wanted}"
-        )
-    if watch.images_again:
-        raise UnsupportedModel(f"model: {name} is of no family that is known, and sees the images more than once")
-    if (tokens, tokens) in watch.softmax:
-        raise UnsupportedModel(f"model: {name} is of no family that is known, and part of its attention is not seen")
-    _check_places(model, images[:1], grid)
-    for call in calls:
-        call.site = _Site(model, grid)
-    return _blocks([[call.site] for call in calls])
-
-
-def _check_places(model: nn.Module, image: Tensor, grid: tuple[int, int]) -> None:
-    """Holds the order of the patches against the picture: in the first attention, the values of a patch must depend
-    most on the pixels of its own cell."""
-    probe, image, cells = _FirstValues(torch.relu), image.detach().requires_grad_(), math.prod(grid)
-    with suppress(_FirstValues.Found), probe:
-        model(image)
-    right = probe.values.shape[0] == 1
-    for k in {0, 1, grid[1], cells - 2} & set(range(cells)) if right else ():
-        size = probe.values[0, :, 1 + k].square().sum()
-        gradient = torch.autograd.grad(size, image, retain_graph=True, allow_unused=True)[0]
-        heat = 0 * image if gradient is None else gradient.abs()
-        right = right and F.adaptive_avg_pool2d(heat.sum(1), grid).argmax().item() == k
-    if not right:
-        raise UnsupportedModel(
-            f"model: {type(model).__name__} is of no family that is known, and its tokens are not a class token and "
-            f"then the patches, row by row"
-        )
-
-
-class _FirstValues(_AttentionWatch):
-    """Stops the forward at the first attention and keeps its values with their graph."""
-
-    class Found(Exception):
-        pass
-
-    def __init__(self, w):
-        super().__init__(w)
-        self.site = _ANYWHERE
-
-    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
-        self.values = values
-        raise self.Found
 
 
 _FAMILIES: dict[str, Callable[[nn.Module, Tensor], _Plan]] = {
@@ -842,6 +800,73 @@ _REFUSED = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> _Plan:
+    """A model of no known family, after its run. The grid is that of its last convolution before the first attention;
+    a token more than that must be the class token, and the patches must lie in their order (`_check_places`)."""
+    name, grid, calls = f"model: {type(model).__name__}", watch.grid, watch.calls
+    if not calls:
+        raise UnsupportedModel(
+            f"{name} has no attention that DAAM can see: scaled_dot_product_attention, nn.MultiheadAttention, or "
+            f"softmax(Q K^T) @ V with heads as a dimension of their own"
+        )
+    tokens = 1 + math.prod(grid) if grid else 0
+    odd = next((call.shape for call in calls if call.shape != (len(images), tokens, tokens)), None)
+    if odd is not None:
+        wanted = f"1 + {grid[0]} x {grid[1]} tokens in {len(images)} images" if grid else "patches from a convolution"
+        raise UnsupportedModel(
+            f"{name} is of no known family, and its tokens are not one class token and the patches: expected {wanted}, "
+            f"but an attention goes from {odd[1]} to {odd[2]} tokens in {odd[0]} images; {_OTHER_MODEL}"
+        )
+    if watch.images_again:
+        raise UnsupportedModel(f"{name} is of no known family, and may see the images more than once; {_OTHER_MODEL}")
+    if (tokens, tokens) in watch.softmax:
+        raise UnsupportedModel(f"{name} is of no known family, and part of its attention is not seen; {_OTHER_MODEL}")
+    _check_places(model, images, _Site(model, grid))
+    for call in calls:
+        call.site = _Site(model, grid)
+    return _blocks([[call.site] for call in calls])
+
+
+_OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
+
+
+def _check_places(model: nn.Module, images: Tensor, first: _Site) -> None:
+    """Holds the order of the patches against the picture: in the first attention, the values of a patch must depend
+    most on the pixels of its own cell. For classes that nobody has looked at."""
+    image = _to(images[:1], next(model.parameters())).clone().requires_grad_()
+    with suppress(_FirstValues.Found), torch.enable_grad(), _eval_mode(model), _FirstValues() as probe:
+        _scores(model, image)
+    if probe.values is None or not probe.values.requires_grad:
+        return  # `_check_forward` knows why
+    cells = math.prod(first.grid)
+    right = probe.values.shape[::2] == (1, first.prefix + cells)
+    for k in {0, 1, first.grid[1], cells - 2} & set(range(cells)) if right else ():
+        size = probe.values[0, :, first.prefix + k].square().sum()
+        gradient = torch.autograd.grad(size, image, retain_graph=True, allow_unused=True)[0]
+        heat = 0 * image if gradient is None else gradient.abs()
+        right = right and F.adaptive_avg_pool2d(heat.sum(1), first.grid).argmax().item() == k
+    if not right:
+        raise UnsupportedModel(
+            f"model: the tokens of {type(model).__name__} are not {first.prefix} and then the patches, row by row; "
+            f"{_OTHER_MODEL}"
+        )
+
+
+class _FirstValues(_AttentionWatch):
+    """Stops the forward at the first attention and keeps its values `(B, H, N, d)` with their graph."""
+
+    class Found(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__(torch.relu)
+        self.site, self.values = _ANYWHERE, None
+
+    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
+        self.values = values
+        raise self.Found
+
+
 def _check_pool(model: nn.Module) -> None:
     """Refuses timm models whose score reads neither the class token nor the query of an attention pool."""
     name, pool = type(model).__name__, getattr(model, "global_pool", "token")
@@ -853,8 +878,10 @@ def _check_pool(model: nn.Module) -> None:
             f"model: {name} has no class token (global_pool={pool!r}); DAAM needs one query token that the score "
             f"reads: use another model{_or_all_rows(model)}"
         )
+    if not pool:
+        raise UnsupportedModel(f"model: {name} has no score (global_pool=''); build it with global_pool='token'")
     if pool != "token":
-        read = "the mean patch token" if pool == "avg" else "other tokens"
+        read = "the mean patch token" if pool == "avg" else "more than one token"
         raise UnsupportedModel(
             f"model: {name} has a class token but scores {read} (global_pool={pool!r}); the class row of the last "
             f"block has zero gradient. Build it with global_pool='token' (if the weights were trained so)"
@@ -862,13 +889,13 @@ def _check_pool(model: nn.Module) -> None:
         )
 
 
-def _grid_of(embed: nn.Module, images: Tensor) -> tuple[int, int]:
+def _grid_of(embed: nn.Module, images: Tensor, way_out: str = "") -> tuple[int, int]:
     """The patch grid `(h, w)` of timm's patch embeddings, after a check of the images' size."""
     patch = embed.feat_ratio(as_scalar=False)
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     fixed = embed.img_size if getattr(embed, "strict_img_size", False) else None
     padded = getattr(embed, "dynamic_img_pad", False)
-    _check_size(images, fixed, (1, 1) if padded else patch, ", or build the model with dynamic_img_size=True")
+    _check_size(images, fixed, (1, 1) if padded else patch, way_out)
     return tuple(embed.dynamic_feat_size(tuple(images.shape[2:])))
 
 
@@ -883,14 +910,14 @@ def _after_convolution(size: Sequence[int], layer: nn.Module | None) -> tuple[in
 def _check_images(model: nn.Module, images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images: expected a tensor (B, 3, H, W) with B > 0, got {shape}")
+        raise ValueError(f"images: expected a tensor (B, C, H, W) with B > 0, got {shape}")
     if not images.is_floating_point():
         raise ValueError(
             f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
         )
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first else getattr(model, "in_chans", 3)
-    if images.shape[1] != channels:
+    if _family(model) is not None and images.shape[1] != channels:
         raise ValueError(f"images: the model takes {channels} channels, got {images.shape[1]}")
 
 
@@ -914,8 +941,8 @@ def _check_forward(
     for site in sites:
         if (times := seen.count(id(site))) != 1:
             raise UnsupportedModel(
-                f"model: attention was seen {times} times in the {type(site.module).__name__} of {name}, and once was "
-                f"expected; DAAM sees scaled_dot_product_attention and softmax(Q K^T) V"
+                f"model: attention was seen {times} times in the {type(site.module).__name__} of {name}, expected "
+                f"once; DAAM sees scaled_dot_product_attention and softmax(Q K^T) V"
             )
     size = len(images["patches"] if isinstance(images, dict) else images)
     for call in calls:
@@ -942,11 +969,13 @@ def _check_forward(
 
 def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention]) -> None:
     name = type(model).__name__
-    if any(call.read is None for call in calls):
+    if any(call.read_queries is None for call in calls):
         raise UnsupportedModel(f"model: the score of {name} does not depend on every attention that was seen")
     last = calls[-1]
-    if not all_rows and last.read[last.site.queries :].any():
-        besides = "besides the class token" if last.read[: last.site.queries].any() else "and not the class token"
+    if not all_rows and last.read_queries[last.site.queries :].any():
+        besides = (
+            "besides the class token" if last.read_queries[: last.site.queries].any() else "and not the class token"
+        )
         raise UnsupportedModel(
             f"model: the score of {name} reads the patch tokens {besides}; use a model whose head reads the class "
             f"token alone (timm: global_pool='token'){_or_all_rows(model)}"
@@ -970,7 +999,10 @@ def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) 
         indices = torch.as_tensor(target, device=output.device)
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(0)
-    if indices.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or indices.shape not in ((), (batch,)):
+    if indices.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or indices.shape not in (
+        (),
+        (batch,),
+    ):
         got = " ".join(repr(target).split())[:60]
         raise ValueError(f"target: expected None, a class index or one index for each of {batch} images, got {got}")
     wrong = indices[(indices < 0) | (indices >= classes)]

@@ -100,10 +100,10 @@ def tiny_mvit() -> nn.Module:
     return build(MultiScaleVit, config, img_size=64, num_classes=5, global_pool="token")
 
 
-def tiny_torchvision() -> nn.Module:
+def tiny_torchvision(**options) -> nn.Module:
     return build(
         torchvision.models.VisionTransformer, image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=24,
-        mlp_dim=48, num_classes=5,
+        mlp_dim=48, num_classes=5, **options,
     )  # fmt: skip
 
 

@@ -274,7 +274,7 @@ def test_map_of_a_gradient(options, queries):
     call = fused_attention(q, k, v, queries=queries, **options)
     S = call.spread(slice(queries))[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
     call.receive(gradient)
-    assert call.remainder < 1e-5 and call.read.all() and call.read.shape == (N,)
+    assert call.remainder < 1e-5 and call.read_queries.all() and call.read_queries.shape == (N,)
     torch.testing.assert_close(call.map, (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
 
 
@@ -295,7 +295,7 @@ def test_queries_that_a_gradient_reaches():
     gradient[1, 2, 5, 3] = gradient[0, 0, 0, 0] = -1e-30
     call = fused_attention(*random_qkv({}))
     call.receive(gradient)
-    assert call.read.nonzero().flatten().tolist() == [0, 5]
+    assert call.read_queries.nonzero().flatten().tolist() == [0, 5]
 
 
 @pytest.mark.parametrize(
@@ -656,7 +656,7 @@ def test_refused_importance(model, images, importance, match):
 @pytest.mark.parametrize(
     "images, match",
     [
-        (torch.zeros(3, 32, 32), r"^images: expected a tensor \(B, 3, H, W\).* got \(3, 32, 32\)"),
+        (torch.zeros(3, 32, 32), r"^images: expected a tensor \(B, C, H, W\).* got \(3, 32, 32\)"),
         (torch.zeros(0, 3, 32, 32), r"^images: expected .* B > 0, got \(0, 3, 32, 32\)"),
         (np.zeros((1, 3, 32, 32), np.float32), "^images: expected a tensor .* got ndarray"),
         (torch.zeros(1, 1, 32, 32), "^images: the model takes 3 channels, got 1"),

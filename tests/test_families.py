@@ -23,6 +23,7 @@ from support_table import (
     naflex_batch,
     tiny_torchvision,
 )
+from timm.data.naflex_dataset import NaFlexCollator
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY, build, random_images, tiny_timm, tiny_vit
@@ -87,7 +88,8 @@ def test_maps_are_the_semantic_maps_weighted_by_the_gradient(index):
         side = math.isqrt(tokens.shape[1])  # of the square of patches; less than that are prefix tokens
         grid = tokens[:, -(side**2) :].reshape(-1, 1, side, side)
         if side != size[0]:
-            grid = F.interpolate(grid, size, mode="bilinear") * side**2 / size[0] ** 2
+            stretched = F.interpolate(grid, size, mode="bilinear")
+            grid = stretched * grid.sum((2, 3), keepdim=True) / stretched.sum((2, 3), keepdim=True).clamp(1e-30)
         sites.append(grid[:, 0])
     attentions = iter(sites)
     frames = [sum(itertools.islice(attentions, n)) for n in FRAMES.get(row.family, [1] * len(sites))]
@@ -324,9 +326,13 @@ def test_refused_rows_of_a_family(family):
 
 def test_coarse_grids_are_stretched_and_keep_their_sum():
     site, tokens = daam_core._Site(nn.Identity(), (2, 3), prefix=2), torch.rand(2, 8)
-    grid = daam_core._on_grid(tokens, site, (6, 9))
-    assert grid.shape == (2, 6, 9)
-    torch.testing.assert_close(grid.sum((1, 2)), tokens[:, 2:].sum(1))
+    for size in ((6, 9), (3, 4)):
+        grid = daam_core._on_grid(tokens, site, size)
+        assert grid.shape == (2, *size)
+        torch.testing.assert_close(grid.sum((1, 2)), tokens[:, 2:].sum(1))
+        one = tokens * (torch.arange(8) == 5)
+        torch.testing.assert_close(daam_core._on_grid(one, site, size).sum((1, 2)), tokens[:, 5])
+        assert not daam_core._on_grid(0 * tokens, site, size).any()
     torch.testing.assert_close(daam_core._on_grid(torch.ones(1, 8), site, (6, 9)), torch.full((1, 6, 9), 1 / 9))
 
 
@@ -355,12 +361,24 @@ def test_patches_lie_where_their_cells_say():
         assert grid[image].tolist() == expected
 
 
+def test_batch_of_the_naflex_collator():
+    """It says how many patches there are at most, too."""
+    model = row_of("NaFlexViT, padded batch").make()
+    patches = [{name: x[i] for name, x in naflex_batch(model).items()} for i in range(2)]
+    batch, _ = NaFlexCollator(16)([(image, 0) for image in patches])
+    assert "seq_len" in batch
+    expected = attention_flow(model, naflex_batch(model), target=1)
+    assert_same_maps(attention_flow(model, batch, target=1).block_maps, expected.block_maps)
+    flow = attention_flow(model, batch, importance=torch.ones(WIDTH))
+    torch.testing.assert_close(flow.output, features(model, batch))
+
+
 def test_naflex_batch_that_lacks_a_part():
     batch = naflex_batch(model := row_of("NaFlexViT, padded batch").make())
     del batch["patch_coord"]
-    with pytest.raises(ValueError, match="^images: .* patch_coord is not so"):
+    with pytest.raises(ValueError, match="^images: .* patch_coord is missing or has another shape"):
         attention_flow(model, batch)
-    with pytest.raises(ValueError, match="^images: .* patch_valid is not so"):
+    with pytest.raises(ValueError, match="^images: .* patch_valid is missing or has another shape"):
         attention_flow(model, naflex_batch(model) | {"patch_valid": [True] * 16})
 
 
@@ -376,7 +394,9 @@ def test_xcit_takes_images_of_every_size(size):
         ("PiT", (64, 72), "takes 64 x 64 pixels, got 64 x 72"),
         ("TNT", (32, 32), "takes 64 x 64 pixels, got 32 x 32"),
         ("VOLO", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
-        ("CaiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32"),
+        ("CaiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32; resize them$"),
+        ("BEiT", (40, 32), "takes 32 x 32 pixels, got 40 x 32; resize them$"),
+        ("DeiT", (40, 32), "got 40 x 32; resize them, or build the model with dynamic_img_size=True$"),
         ("MViTv2 with a class token", (96, 96), "takes 64 x 64 pixels, got 96 x 96"),
         ("NaFlexViT", (32, 36), "not a multiple of the model's stride, 8 x 8"),
         ("CrossViT", (224, 224), "takes 240 x 240 pixels, got 224 x 224"),
@@ -588,7 +608,7 @@ class PlainChannels(Plain):
         return super().attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)).transpose(2, 3)
 
 
-NOT_IN_ORDER = "is of no family that is known, and its tokens are not a class token and then the patches, row by row"
+OTHER = "pass a model of timm, torchvision or transformers itself"
 
 
 @pytest.mark.parametrize(
@@ -596,17 +616,17 @@ NOT_IN_ORDER = "is of no family that is known, and its tokens are not a class to
     [
         (PlainMean, "^model: the score of PlainMean reads the patch tokens and not the class token"),
         (PlainBoth, "^model: the score of PlainBoth reads the patch tokens besides the class token"),
-        (PlainClassLast, f"^model: PlainClassLast {NOT_IN_ORDER}"),
-        (PlainRegister, r"^model: PlainRegister is of no family that is known.*18 to 18 tokens.* 1 \+ 4 x 4 tokens"),
-        (PlainWithoutConvolution, "^model: .* expected were patches from a convolution"),
-        (PlainChannels, r"^model: PlainChannels is of no family that is known.*12 to 12 tokens"),
+        (PlainClassLast, "^model: the tokens of PlainClassLast are not 1 and then the patches, row by row"),
+        (PlainRegister, rf"^model: PlainRegister is of no .* expected 1 \+ 4 x 4 tokens .* 18 to 18 tokens.*; {OTHER}"),
+        (PlainWithoutConvolution, f"^model: .* expected patches from a convolution.*; {OTHER}"),
+        (PlainChannels, "^model: PlainChannels is of no known family.*12 to 12 tokens"),
         (PlainLastUnread, "^model: the score of PlainLastUnread does not depend on every attention that was seen"),
-        (PlainColumns, f"^model: PlainColumns {NOT_IN_ORDER}"),
-        (PlainReversed, f"^model: PlainReversed {NOT_IN_ORDER}"),
-        (PlainOtherKeys, f"^model: PlainOtherKeys {NOT_IN_ORDER}"),
-        (PlainHeadsFirst, f"^model: PlainHeadsFirst {NOT_IN_ORDER}"),
-        (PlainFlipped, "^model: PlainFlipped is of no family that is known, and sees the images more than once"),
-        (PlainPartlyEinsum, "^model: PlainPartlyEinsum is of no family .*part of its attention is not seen"),
+        (PlainColumns, "^model: the tokens of PlainColumns are not 1 and then the patches, row by row"),
+        (PlainReversed, "^model: the tokens of PlainReversed are not 1 and then the patches, row by row"),
+        (PlainOtherKeys, "^model: the tokens of PlainOtherKeys are not 1 and then the patches, row by row"),
+        (PlainHeadsFirst, "^model: the tokens of PlainHeadsFirst are not 1 and then the patches, row by row"),
+        (PlainFlipped, "^model: PlainFlipped is of no known family, and may see the images more than once"),
+        (PlainPartlyEinsum, "^model: PlainPartlyEinsum is of no known family, and part of its attention is not seen"),
     ],
 )
 def test_refused_models_of_no_known_family(make, match, images):
@@ -623,7 +643,7 @@ def test_part_of_the_image():
         def forward(self, x):
             return self.inner(x[..., :32, :32])
 
-    with pytest.raises(UnsupportedModel, match=f"^model: Crop {NOT_IN_ORDER}"):
+    with pytest.raises(UnsupportedModel, match="^model: the tokens of Crop are not 1 and then the patches, row by row"):
         attention_flow(Crop(), random_images(2, 3, 64, 64))
 
 
@@ -671,8 +691,16 @@ def test_images_that_require_grad_change_nothing(family):
 
 
 class Augments(VisionTransformer):
+    __module__ = "timm.models.mine"  # those of others are not looked at so closely: see Turned
+
     def forward(self, x):
         return super().forward(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).mean(0)
+
+
+class Turned(VisionTransformer):
+    def _pos_embed(self, x):
+        x = super()._pos_embed(x)
+        return torch.cat([x[:, :1], x[:, 1:].flip(1)], 1)
 
 
 class Early(VisionTransformer):
@@ -693,6 +721,7 @@ class Early(VisionTransformer):
             r"^model: Augments attends in 4 images from 17 to 17 tokens.* expected were 2 images, 1 \+ 16 tokens",
         ),
         (Early, "^model: the score of Early does not depend on every attention that was seen"),
+        (Turned, f"^model: the tokens of Turned are not 1 and then the patches, row by row; {OTHER}"),
     ],
 )
 def test_refused_subclasses(make, match, images):
@@ -765,6 +794,58 @@ def test_features_of_transformers(name, images):
     assert num_classes(model) == classes
 
 
+def test_features_of_torchvision_before_the_last_layer(images):
+    model = tiny_torchvision(representation_size=7)
+    with torch.no_grad():
+        assert features(model, images).shape == (2, 7)
+        assert torch.equal(model.heads.head(features(model, images)), model(images))
+
+
+def test_all_rows_of_a_model_with_an_attention_pool(images):
+    """The blocks, and the pool as the last frame."""
+    model = row_of("SigLIP, attention pool").make()
+    of_query, of_all = (attention_flow(model, images, rows=rows).block_maps for rows in ("class", "patches"))
+    assert of_query.shape == (2, 1, 4, 4) and of_all.shape == (2, 4, 4, 4)
+    assert_same_maps(of_all[:, -1:], of_query)
+
+
+def test_layers_that_transformers_does_not_know(images):
+    model = from_transformers("", "ViTForImageClassification").make()
+    for layer in model.vit.layers:
+        layer.__class__ = type("Mine", (type(layer),), {})
+    with pytest.raises(UnsupportedModel, match="^model: ViTForImageClassification has no layers like those"):
+        attention_flow(model, images)
+
+
+class DiffAugment(nn.Identity):
+    """Named like timm's differential attention."""
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_own_model_in_every_mode(mode, images):
+    model = nn.Sequential(DiffAugment(), Plain(tiny_vit()))
+    expected = attention_flow(model, images)
+    with mode():
+        assert torch.equal(attention_flow(model, images + 0).block_maps, expected.block_maps)
+
+
+def test_arguments_by_name(images):
+    class Named(Plain):
+        def tokens(self, x):
+            conv = self.layers.patch_embed.proj
+            x = F.conv2d(input=x, weight=conv.weight, bias=conv.bias, stride=8).flatten(2).transpose(1, 2)
+            return torch.cat([self.layers.cls_token.expand(len(x), -1, -1), x], 1) + self.layers.pos_embed
+
+        def attend(self, q, k, v):
+            if self.fused:
+                return F.scaled_dot_product_attention(query=q, key=k, value=v)
+            return torch.matmul(torch.softmax(q @ k.transpose(2, 3) / 12**0.5, -1), other=v)
+
+    expected = attention_flow(tiny_vit(), images)
+    for fused in (True, False):
+        assert_same_maps(attention_flow(Named(tiny_vit(), fused), images).block_maps, expected.block_maps)
+
+
 def test_features_of_torchvision_and_timm(images):
     model = tiny_torchvision()
     with torch.no_grad():
@@ -772,6 +853,8 @@ def test_features_of_torchvision_and_timm(images):
         assert num_classes(model) == 5 and not model.heads._forward_pre_hooks
         timms = tiny_vit()
         assert torch.equal(timms.head(features(timms, images)), timms(images)) and num_classes(timms) == 5
+        wrapped = nn.DataParallel(timms)
+        assert torch.equal(features(wrapped, images), features(timms, images)) and num_classes(wrapped) == 5
         headless = tiny_vit(num_classes=0)
         assert torch.equal(features(headless, images), headless(images)) and num_classes(headless) == 0
         assert torch.equal(features(Plain(headless), images), Plain(headless)(images))
