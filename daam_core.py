@@ -157,6 +157,8 @@ def attention_flow(
         if plan is None:
             plan = _plan_of_calls(model, images, watch)
         _check_forward(model, plan, watch.calls, output, images)
+        if plan.unproven is not None:
+            _check_places(model, images[:1], plan.unproven)
         if importance is None:
             target = _class_indices(target, output)
             seed = F.one_hot(target, output.shape[1]).to(output)
@@ -332,6 +334,8 @@ class _Plan:
     """See `AttentionFlow`."""
     pool: _Site | None = None
     """The attention pool, in models whose score reads its query instead of the class token."""
+    unproven: _Site | None = None
+    """For a class that is of none of the libraries: its first attention, where the order of the patches is checked."""
 
 
 @contextmanager
@@ -573,16 +577,15 @@ def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | No
     if family is None:
         return None
     plan = family(model, images)
-    inherited = type(model).__module__.split(".")[0] != _library(
-        model
-    )  # somebody's own class, derived from the family's
-    if inherited and family in _ALL_ROWS and isinstance(images, Tensor):
-        _check_places(model, images, plan.frames[0][0])
+    derived = type(model).__module__.split(".")[0] != _library(model)  # somebody's own class on top of the family's
+    unproven = plan.frames[0][0] if derived and family in _ALL_ROWS and isinstance(images, Tensor) else None
     if all_rows:
         frames = [*plan.frames, *([[plan.pool]] if plan.pool else [])]
         frames = [[replace(site, queries=None) for site in frame] for frame in frames]
-        return _Plan(frames, f"all tokens, rows='patches', {len(frames)} blocks")
-    return _Plan([[plan.pool]], "attention pool, 1 map") if plan.pool else plan
+        plan = _Plan(frames, f"all tokens, rows='patches', {len(frames)} blocks")
+    elif plan.pool:
+        plan = _Plan([[plan.pool]], "attention pool, 1 map")
+    return replace(plan, unproven=unproven)
 
 
 def _family(model: nn.Module) -> Callable[[nn.Module, Tensor], _Plan] | None:
@@ -802,7 +805,7 @@ _REFUSED = {
 
 def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> _Plan:
     """A model of no known family, after its run. The grid is that of its last convolution before the first attention;
-    a token more than that must be the class token, and the patches must lie in their order (`_check_places`)."""
+    a token more than that must be the class token."""
     name, grid, calls = f"model: {type(model).__name__}", watch.grid, watch.calls
     if not calls:
         raise UnsupportedModel(
@@ -821,23 +824,20 @@ def _plan_of_calls(model: nn.Module, images: Tensor, watch: _AttentionWatch) -> 
         raise UnsupportedModel(f"{name} is of no known family, and may see the images more than once; {_OTHER_MODEL}")
     if (tokens, tokens) in watch.softmax:
         raise UnsupportedModel(f"{name} is of no known family, and part of its attention is not seen; {_OTHER_MODEL}")
-    _check_places(model, images, _Site(model, grid))
     for call in calls:
         call.site = _Site(model, grid)
-    return _blocks([[call.site] for call in calls])
+    return replace(_blocks([[call.site] for call in calls]), unproven=calls[0].site)
 
 
 _OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
 
 
-def _check_places(model: nn.Module, images: Tensor, first: _Site) -> None:
-    """Holds the order of the patches against the picture: in the first attention, the values of a patch must depend
-    most on the pixels of its own cell. For classes that nobody has looked at."""
-    image = _to(images[:1], next(model.parameters())).clone().requires_grad_()
-    with suppress(_FirstValues.Found), torch.enable_grad(), _eval_mode(model), _FirstValues() as probe:
+def _check_places(model: nn.Module, image: Tensor, first: _Site) -> None:
+    """Holds the order of the patches against the picture `(1, C, H, W)`: in the first attention, the values of a patch
+    must depend most on the pixels of its own cell."""
+    image = image.clone().requires_grad_()
+    with suppress(_FirstValues.Found), _FirstValues() as probe:
         _scores(model, image)
-    if probe.values is None or not probe.values.requires_grad:
-        return  # `_check_forward` knows why
     cells = math.prod(first.grid)
     right = probe.values.shape[::2] == (1, first.prefix + cells)
     for k in {0, 1, first.grid[1], cells - 2} & set(range(cells)) if right else ():
@@ -860,7 +860,11 @@ class _FirstValues(_AttentionWatch):
 
     def __init__(self):
         super().__init__(torch.relu)
-        self.site, self.values = _ANYWHERE, None
+        self.site = _ANYWHERE
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        with torch.enable_grad():  # also where the model switches gradients off
+            return super().__torch_function__(func, types, args, kwargs)
 
     def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
         self.values = values

