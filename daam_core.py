@@ -83,16 +83,17 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class AttentionFlow:
-    """What `attention_flow` returns; all tensors are on the model's device and carry no graph."""
+    """What `attention_flow` returns; all tensors are on the model's device and carry no graph. Where K classes of every
+    image were explained, the maps are `(B, K, L, h, w)`."""
 
     block_maps: Tensor
     """`(B, L, h, w)` float32: L_b of every block, never negative, as computed (also with `norm=True`)."""
     accumulated: Tensor
-    """`(B, L, h, w)` float32: A_b, the running sum over blocks; `accumulated[:, -1]` is the final explanation."""
+    """`(B, L, h, w)` float32: A_b, the running sum over blocks; the last one is the final explanation."""
     output: Tensor
-    """`(B, K)` class scores (logits), or the `(B, D)` features when `importance` was given; in the model's dtype."""
+    """`(B, num_classes)` scores (logits), or the `(B, D)` features when `importance` was given; in the model's dtype."""
     target: Tensor | None
-    """`(B,)` explained class indices, int64; None when `importance` was given."""
+    """`(B,)` explained class indices, int64, or `(B, K)` as they were given; None when `importance` was given."""
     rows: str = "class"
     """As given: "class", or "patches" for the all-rows form."""
     decomposed: str = ""
@@ -119,7 +120,8 @@ def attention_flow(
         images: `(B, C, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
             NaFlexVit also takes the dict of timm's collator, with `patches`, `patch_coord` and `patch_valid`: maps of
             images with different grids then share the largest height and width, zero outside of their own.
-        target: the class to explain: None for each image's predicted class, one index for all, or one per image.
+        target: the class to explain: None for each image's predicted class, one index for all, or one per image; or
+            `(B, K)`, K classes of every image: one forward and K backwards.
         importance: explains the feature (`features(model, images)`, `(B, D)`) instead of a class score: a `(D,)` or
             `(B, D)` tensor, or a callable that makes one of the features. Models without a classifier need it.
         norm: min-max normalise every L_b, image by image, before it is added to the flow.
@@ -161,18 +163,22 @@ def attention_flow(
             _check_places(model, images[:1], plan.unproven)
         if importance is None:
             target = _class_indices(target, output)
-            seed = F.one_hot(target, output.shape[1]).to(output)
+            seeds = F.one_hot(target.view(len(target), -1), output.shape[1]).to(output).unbind(1)
         else:
-            seed = _importance_weights(importance, output.detach())
-        torch.autograd.grad(output, watch.leaves, seed, allow_unused=True)
-    _check_backward(model, rows == "patches", watch.calls)
+            seeds = [_importance_weights(importance, output.detach())]
+        for k, seed in enumerate(seeds, 1):
+            for call in watch.calls:
+                call.again = k < len(seeds)
+            torch.autograd.grad(output, watch.leaves, seed, retain_graph=k < len(seeds), allow_unused=True)
+            _check_backward(model, rows == "patches", watch.calls, k)
 
     size = max((site.grid for frame in plan.frames for site in frame), key=math.prod)
-    maps = {id(call.site): _on_grid(call.map, call.site, size) for call in watch.calls}
-    block_maps = torch.stack([sum(maps[id(site)] for site in frame) for frame in plan.frames], dim=1)
+    maps = {id(call.site): torch.stack([_on_grid(m, call.site, size) for m in call.maps], 1) for call in watch.calls}
+    block_maps = torch.stack([sum(maps[id(site)] for site in frame) for frame in plan.frames], dim=2)  # (B, K, L, h, w)
+    block_maps = block_maps if target is not None and target.ndim == 2 else block_maps.squeeze(1)
     summands = _min_max(block_maps) if norm else block_maps
     prefix = plan.frames[0][0].prefix
-    return AttentionFlow(block_maps, summands.cumsum(1), output.detach(), target, rows, plan.decomposed, prefix)
+    return AttentionFlow(block_maps, summands.cumsum(-3), output.detach(), target, rows, plan.decomposed, prefix)
 
 
 def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
@@ -451,9 +457,9 @@ class _Attention:
     `spread(queries)` gives rows of A, `(B, H, Q, N)` float32; `pull(gradient)` gives A^T of a gradient with respect to
     T, `(B, H, M, d)` -> `(B, H', N, d)` float32.
 
-    `receive` is the hook of T. It computes `map` `(B, N)` float32, L_b over all keys; `remainder`, the largest
-    |sum_j S_b[j] - T_b| relative to the largest |T_b|; and `read_queries` `(M,)` bool, those that the score
-    reads. All are None before.
+    `receive` is the hook of T. Every gradient adds to `maps` one `(B, N)` float32, L_b over all keys, and sets
+    `remainder`, the largest |sum_j S_b[j] - T_b| relative to the largest |T_b|, and `read_queries` `(M,)` bool, those
+    that the score reads. With the last one, before which `again` is set to False, the call lets go of its tensors.
     """
 
     def __init__(
@@ -470,7 +476,9 @@ class _Attention:
         self.output, self.value = output.detach()[..., self.queries, :].clone(), value.detach()
         self.shape = output.shape[0], output.shape[-2], value.shape[-2]  # B, queries M, keys N
         self.dtype = output.dtype
-        self.map = self.remainder = self.read_queries = None
+        self.maps: list[Tensor] = []
+        self.again = False
+        self.remainder = self.read_queries = None
 
     def receive(self, gradient: Tensor) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
@@ -480,11 +488,13 @@ class _Attention:
             self.remainder = (spread @ values - output).abs().max() / largest
             self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
-                self.map = (value * self.pull(self.w(gradient.float()))).sum((1, 3)).relu()  # V[j] (A^T w(C))[j]
+                tokens = (value * self.pull(self.w(gradient.float()))).sum((1, 3))  # V[j] (A^T w(C))[j]
             else:
                 weights = self.w(gradient[..., self.queries, :].float())  # w(C_b) (B, H, Q, d)
-                self.map = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2)).relu()
-        del self.output, self.value, self.spread, self.pull
+                tokens = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2))
+            self.maps.append(tokens.relu())
+        if not self.again:
+            del self.output, self.value, self.spread, self.pull
 
 
 def _fused_attention(
@@ -971,9 +981,9 @@ def _check_forward(
         )
 
 
-def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention]) -> None:
+def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention], times: int) -> None:
     name = type(model).__name__
-    if any(call.read_queries is None for call in calls):
+    if any(len(call.maps) != times for call in calls):
         raise UnsupportedModel(f"model: the score of {name} does not depend on every attention that was seen")
     last = calls[-1]
     if not all_rows and last.read_queries[last.site.queries :].any():
@@ -995,7 +1005,7 @@ def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention
 
 
 def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) -> Tensor:
-    """`(B,)` int64 on the output's device."""
+    """`(B,)` or `(B, K)` int64 on the output's device."""
     batch, classes = output.shape
     if target is None:
         return output.detach().argmax(1)
@@ -1003,18 +1013,19 @@ def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) 
         indices = torch.as_tensor(target, device=output.device)
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(0)
-    if indices.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or indices.shape not in (
-        (),
-        (batch,),
-    ):
+    integers = indices.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not integers or not (indices.ndim == 0 or indices.ndim <= 2 and len(indices) == batch and indices.numel()):
         got = " ".join(repr(target).split())[:60]
-        raise ValueError(f"target: expected None, a class index or one index for each of {batch} images, got {got}")
+        raise ValueError(
+            f"target: expected None, a class index, or for each of {batch} images one index (B,) or K of them (B, K), "
+            f"got {got}"
+        )
     wrong = indices[(indices < 0) | (indices >= classes)]
     if len(wrong):
         raise ValueError(
             f"target: class {wrong[0].item()} is out of range; the model has {classes} classes, 0..{classes - 1}"
         )
-    return indices.long().expand(batch)
+    return indices.long().expand(batch) if indices.ndim == 0 else indices.long()
 
 
 def _importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features: Tensor) -> Tensor:

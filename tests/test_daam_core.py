@@ -275,7 +275,7 @@ def test_map_of_a_gradient(options, queries):
     S = call.spread(slice(queries))[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
     call.receive(gradient)
     assert call.remainder < 1e-5 and call.read_queries.all() and call.read_queries.shape == (N,)
-    torch.testing.assert_close(call.map, (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
+    torch.testing.assert_close(call.maps[0], (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
 
 
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
@@ -287,7 +287,7 @@ def test_map_of_all_rows(options):
     call = fused_attention(q, k, v, queries=None, **options)
     call.receive(gradient)
     values = v.repeat_interleave(H // v.shape[1], 1)
-    torch.testing.assert_close(call.map, (values * (A.transpose(2, 3) @ gradient.relu())).sum((1, 3)).relu())
+    torch.testing.assert_close(call.maps[0], (values * (A.transpose(2, 3) @ gradient.relu())).sum((1, 3)).relu())
 
 
 def test_queries_that_a_gradient_reaches():
