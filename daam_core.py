@@ -684,7 +684,7 @@ _COMPUTES = {
     "sigmoid", "silu", "split", "sub", "tanh", "to",
 }  # fmt: skip
 _REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
-_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size"}
+_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size", "untyped_storage"}
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 # `nn.MultiheadAttention` computes in a function that modes may replace as a whole, and does not see into; this is its
