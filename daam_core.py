@@ -28,8 +28,14 @@ computes it in the open; and T for all tokens. One backward, for activations onl
 moment it arrives, from q, k and v, which the graph of the blocks keeps anyway. Fused attention stays fused (but for
 timm's differential attention), no (B, N, C) map is made, and where attention is fused sum_j S_b[j] == T_b is checked.
 
-Sections: the flow; the attention that is watched; the families of models, one function and one row of a table each;
-what is checked; from maps to pictures; files.
+What it costs is a little less than the forward and the backward, since tokens that lead nowhere are left out: after the
+last attention only the class token goes on, below the first one there is no backward, and from there to the second the
+products with weights have one for the class token only. All of this is seen function by function, so that it holds for
+any model that treats its tokens one by one there; a model that does not is run again for all tokens. With memory="low"
+a block keeps its input and what its attention gave, and computes the rest again when the backward comes.
+
+Sections: the flow; the attention that is watched; tokens that are left out; blocks that are computed again; the
+families of models, one function and one row of a table each; what is checked; from maps to pictures; files.
 """
 
 from __future__ import annotations
@@ -380,10 +386,6 @@ def _watched(model: nn.Module, plan: _Plan | None, watch: _AttentionWatch) -> It
         watch.open_block.close()
 
 
-class _MixesRows(Exception):
-    """After the last attention something was computed that may read more than the first rows."""
-
-
 class _AttentionWatch(TorchFunctionMode):
     """Sees the attention that the current thread computes at a site while the `with` lasts.
 
@@ -545,32 +547,6 @@ class _AttentionWatch(TorchFunctionMode):
         raise _MixesRows(func)
 
 
-def _by_row(func: Callable, args: list, kwargs: dict) -> str:
-    """What a function does, if it treats tokens one by one: "looks", "computes", "rearranges" their heads; else ""."""
-    name = getattr(func, "__name__", "")
-    flat = [b for a in (*args, *kwargs.values()) for b in (a if type(a) in (list, tuple) else [a])]
-    ranks = {a.ndim for a in flat if isinstance(a, Tensor)}
-    if max(ranks, default=0) < 3 or name in _LOOKS:
-        return "looks"
-    if name in _REARRANGES and ranks == {4}:
-        return "rearranges"
-    if name in ("layer_norm", "rms_norm"):
-        by_row = len(args) > 1 and len(args[1]) == 1
-    elif name in ("cat", "chunk", "split"):
-        by_row = kwargs.get("dim", args[-1]) == -1
-    else:
-        by_row = name == "linear" or 2 not in ranks
-    return "computes" if by_row and name in _COMPUTES else ""
-
-
-def _first_rows(rows: int, tokens: int, argument: object) -> object:
-    """Every `(B, N, C)` with N `tokens`, also in a list, cut to `(B, rows, C)`."""
-    if type(argument) in (list, tuple):
-        return type(argument)(_first_rows(rows, tokens, a) for a in argument)
-    has_tokens = isinstance(argument, Tensor) and argument.ndim == 3 and argument.shape[1] == tokens
-    return argument[:, :rows] if has_tokens else argument
-
-
 def _without_weights(argument: object) -> object:
     """Parameters detached, also in a list."""
     if type(argument) in (list, tuple):
@@ -578,113 +554,6 @@ def _without_weights(argument: object) -> object:
     return argument.detach() if isinstance(argument, nn.Parameter) else argument
 
 
-class _AttentionOutputs(TorchDispatchMode):
-    """Keeps what fused attention returns, its output and the log-sum-exp of its rows, and gives it back in place of
-    computing it in the second pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept: list[tuple] = []
-        self.given: Iterator[tuple] | None = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
-            return func(*args, **(kwargs or {}))
-        if self.given is not None:
-            outputs = next(self.given)
-        else:
-            outputs = func(*args, **(kwargs or {}))
-            self.kept.append(outputs)
-        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
-
-
-class _Block:
-    """A block that keeps its input and what its attention returned. What else the backward needs is computed again when
-    it asks, and let go when it asks another block (Chen et al. 2016, "Training deep nets with sublinear memory cost",
-    https://arxiv.org/abs/1604.06174).
-    """
-
-    class Enough(Exception):
-        """The second pass has all that the first one had."""
-
-    def __init__(self, watch: _AttentionWatch, module: nn.Module, args: tuple, kwargs: dict):
-        self.watch, self.module = weakref.ref(watch), module
-        self.args, self.kwargs = [_leaf(a) for a in args], {name: _leaf(a) for name, a in kwargs.items()}
-        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self.after_first = watch.after_first
-        self.attention = _AttentionOutputs()
-        self.count = 0
-        self.saved: dict[int, Tensor] = {}
-        device = next((a.device.type for a in self.args if isinstance(a, Tensor)), "cpu")
-        self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    @contextmanager
-    def first_pass(self) -> Iterator[None]:
-        with self.attention, saved_tensors_hooks(self.pack, self.unpack):
-            yield
-
-    def pack(self, tensor: Tensor) -> Tensor | int:
-        if tensor.untyped_storage().data_ptr() in self.weights:
-            return tensor
-        self.count += 1
-        return self.count - 1
-
-    def unpack(self, packed: Tensor | int) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if packed not in self.saved:
-            self.second_pass()
-        if packed not in self.saved:
-            raise UnsupportedModel(
-                f"model: a {type(self.module).__name__} does not compute the same twice; give memory='fast'"
-            )
-        return self.saved.pop(packed)
-
-    def second_pass(self) -> None:
-        watch = self.watch()
-        for block in watch.blocks:
-            block.saved.clear()
-        self.attention.given = iter(self.attention.kept)
-        watch.second_pass, watch.after_first = True, self.after_first
-        sites = [call.site for call in watch.calls if call.block is self]
-        watch.site = next((site for site in sites if site.module is self.module), None)
-        try:
-            with (
-                torch.enable_grad(),
-                self.autocast,
-                _hooks(watch.at(sites)),
-                watch,
-                self.attention,
-                saved_tensors_hooks(self.save, lambda packed: packed),
-            ):
-                self.module.forward(*self.args, **self.kwargs)  # without the hooks that the arguments went through
-        except self.Enough:
-            pass
-        finally:
-            watch.leave(self.module, (), None)
-            watch.second_pass, watch.after_first = False, None
-
-    def save(self, tensor: Tensor) -> None:
-        if tensor.untyped_storage().data_ptr() not in self.weights:
-            self.saved[len(self.saved)] = tensor.detach()
-            if len(self.saved) == self.count:
-                raise self.Enough
-
-
-def _leaf(argument: object) -> object:
-    """A tensor without its graph."""
-    return argument.detach().requires_grad_(argument.requires_grad) if isinstance(argument, Tensor) else argument
-
-
-_LARGE_GRAPH = 256 * 2**20  # bytes an image; see `attention_flow`
-# By name: functions that treat every token by itself, that rearrange the heads of all, and that change nothing.
-_COMPUTES = {
-    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mul", "relu", "rms_norm",
-    "sigmoid", "silu", "split", "sub", "tanh", "to",
-}  # fmt: skip
-_REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
-_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size", "untyped_storage"}
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 # `nn.MultiheadAttention` computes in a function that modes may replace as a whole, and does not see into; this is its
@@ -803,6 +672,168 @@ def _for_heads(shared: Tensor, heads: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Tokens that are left out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _MixesRows(Exception):
+    """After the last attention something was computed that may read more than the first rows."""
+
+
+def _by_row(func: Callable, args: list, kwargs: dict) -> str:
+    """What a function does, if it treats tokens one by one: "looks", "computes", "rearranges" their heads; else ""."""
+    name = getattr(func, "__name__", "")
+    flat = [b for a in (*args, *kwargs.values()) for b in (a if type(a) in (list, tuple) else [a])]
+    ranks = {a.ndim for a in flat if isinstance(a, Tensor)}
+    if max(ranks, default=0) < 3 or name in _LOOKS:
+        return "looks"
+    if name in _REARRANGES and ranks == {4}:
+        return "rearranges"
+    if name in ("layer_norm", "rms_norm"):
+        by_row = len(args) > 1 and len(args[1]) == 1
+    elif name in ("cat", "chunk", "split"):
+        by_row = kwargs.get("dim", args[-1]) == -1
+    else:
+        by_row = name == "linear" or 2 not in ranks
+    return "computes" if by_row and name in _COMPUTES else ""
+
+
+def _first_rows(rows: int, tokens: int, argument: object) -> object:
+    """Every `(B, N, C)` with N `tokens`, also in a list, cut to `(B, rows, C)`."""
+    if type(argument) in (list, tuple):
+        return type(argument)(_first_rows(rows, tokens, a) for a in argument)
+    has_tokens = isinstance(argument, Tensor) and argument.ndim == 3 and argument.shape[1] == tokens
+    return argument[:, :rows] if has_tokens else argument
+
+
+# By name: functions that treat every token by itself, that rearrange the heads of all, and that change nothing.
+_COMPUTES = {
+    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mul", "relu", "rms_norm",
+    "sigmoid", "silu", "split", "sub", "tanh", "to",
+}  # fmt: skip
+_REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
+_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size", "untyped_storage"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks that are computed again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+_LARGE_GRAPH = 256 * 2**20
+"""Bytes an image; see `attention_flow`."""
+
+
+def _blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that modules lie in: the innermost ones, or they themselves, that are elements of a list."""
+    around: dict[nn.Module, nn.Module | None] = {model: None}
+    for parent in model.modules():
+        for child in parent.children():
+            in_list = isinstance(parent, nn.ModuleList | nn.Sequential)
+            around.setdefault(child, child if in_list else around[parent])
+    return [block for block in dict.fromkeys(around[module] for module in modules) if block is not None]
+
+
+class _AttentionOutputs(TorchDispatchMode):
+    """Keeps what fused attention returns, its output and the log-sum-exp of its rows, and gives it back in place of
+    computing it in the second pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: list[tuple] = []
+        self.given: Iterator[tuple] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
+            return func(*args, **(kwargs or {}))
+        if self.given is not None:
+            outputs = next(self.given)
+        else:
+            outputs = func(*args, **(kwargs or {}))
+            self.kept.append(outputs)
+        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+
+
+class _Block:
+    """A block that keeps its input and what its attention returned. What else the backward needs is computed again when
+    it asks, and let go when it asks another block (Chen et al. 2016, "Training deep nets with sublinear memory cost",
+    https://arxiv.org/abs/1604.06174).
+    """
+
+    class Enough(Exception):
+        """The second pass has all that the first one had."""
+
+    def __init__(self, watch: _AttentionWatch, module: nn.Module, args: tuple, kwargs: dict):
+        self.watch, self.module = weakref.ref(watch), module
+        self.args, self.kwargs = [_leaf(a) for a in args], {name: _leaf(a) for name, a in kwargs.items()}
+        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.after_first = watch.after_first
+        self.attention = _AttentionOutputs()
+        self.count = 0
+        self.saved: dict[int, Tensor] = {}
+        device = next((a.device.type for a in self.args if isinstance(a, Tensor)), "cpu")
+        self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        with self.attention, saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        if tensor.untyped_storage().data_ptr() in self.weights:
+            return tensor
+        self.count += 1
+        return self.count - 1
+
+    def unpack(self, packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if packed not in self.saved:
+            self.second_pass()
+        if packed not in self.saved:
+            raise UnsupportedModel(
+                f"model: a {type(self.module).__name__} does not compute the same twice; give memory='fast'"
+            )
+        return self.saved.pop(packed)
+
+    def second_pass(self) -> None:
+        watch = self.watch()
+        for block in watch.blocks:
+            block.saved.clear()
+        self.attention.given = iter(self.attention.kept)
+        watch.second_pass, watch.after_first = True, self.after_first
+        sites = [call.site for call in watch.calls if call.block is self]
+        watch.site = next((site for site in sites if site.module is self.module), None)
+        try:
+            with (
+                torch.enable_grad(),
+                self.autocast,
+                _hooks(watch.at(sites)),
+                watch,
+                self.attention,
+                saved_tensors_hooks(self.save, lambda packed: packed),
+            ):
+                self.module.forward(*self.args, **self.kwargs)  # without the hooks that the arguments went through
+        except self.Enough:
+            pass
+        finally:
+            watch.leave(self.module, (), None)
+            watch.second_pass, watch.after_first = False, None
+
+    def save(self, tensor: Tensor) -> None:
+        if tensor.untyped_storage().data_ptr() not in self.weights:
+            self.saved[len(self.saved)] = tensor.detach()
+            if len(self.saved) == self.count:
+                raise self.Enough
+
+
+def _leaf(argument: object) -> object:
+    """A tensor without its graph."""
+    return argument.detach().requires_grad_(argument.requires_grad) if isinstance(argument, Tensor) else argument
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The families of models: where the class token attends to the patches
 # ----------------------------------------------------------------------------------------------------------------------
 #
@@ -856,16 +887,6 @@ def _class_names(model: nn.Module) -> list[str]:
 def _or_all_rows(model: nn.Module) -> str:
     """The way out that the family offers where the score reads the patches."""
     return " or ask for rows='patches' (--rows patches)" if _family(model) in _ALL_ROWS else ""
-
-
-def _blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """The blocks that modules lie in: the innermost ones, or they themselves, that are elements of a list."""
-    around: dict[nn.Module, nn.Module | None] = {model: None}
-    for parent in model.modules():
-        for child in parent.children():
-            in_list = isinstance(parent, nn.ModuleList | nn.Sequential)
-            around.setdefault(child, child if in_list else around[parent])
-    return [block for block in dict.fromkeys(around[module] for module in modules) if block is not None]
 
 
 def _blocks(frames: list[list[_Site]]) -> _Plan:
