@@ -1193,7 +1193,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
     """
     if not frames:
         raise ValueError("frames: there are none")
-    palettes = [frame.quantize(256) for frame in frames]
+    palettes = [_quantized(frame) for frame in frames]
     with whole_file(path) as part:
         palettes[0].save(
             part,
@@ -1205,6 +1205,13 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
             optimize=False,
             disposal=1,
         )
+
+
+def _quantized(frame: Image.Image, pixels: int = 20_000) -> Image.Image:
+    """In 256 colours, by the median cut of every few of its pixels: as good as of all, and many times faster."""
+    step = max(1, math.isqrt(frame.width * frame.height // pixels))
+    colours = Image.fromarray(np.asarray(frame)[::step, ::step]).quantize(256)
+    return frame.quantize(palette=colours, dither=Image.Dither.NONE)
 
 
 def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
