@@ -1207,8 +1207,8 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
         )
 
 
-def _quantized(frame: Image.Image, pixels: int = 20_000) -> Image.Image:
-    """In 256 colours, by the median cut of every few of its pixels: as good as of all, and many times faster."""
+def _quantized(frame: Image.Image, pixels: int = 60_000) -> Image.Image:
+    """In 256 colours, by the median cut of every few of its pixels: nearly as good as of all, and faster."""
     step = max(1, math.isqrt(frame.width * frame.height // pixels))
     colours = Image.fromarray(np.asarray(frame)[::step, ::step]).quantize(256)
     return frame.quantize(palette=colours, dither=Image.Dither.NONE)
