@@ -40,8 +40,9 @@ import os
 import secrets
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "AttentionFlow",
@@ -92,7 +95,7 @@ class AttentionFlow:
     accumulated: Tensor
     """`(B, L, h, w)` float32: A_b, the running sum over blocks; the last one is the final explanation."""
     output: Tensor
-    """`(B, num_classes)` scores (logits), or the `(B, D)` features when `importance` was given; in the model's dtype."""
+    """`(B, num_classes)` scores, or the `(B, D)` features when `importance` was given; in the model's dtype."""
     target: Tensor | None
     """`(B,)` explained class indices, int64, or `(B, K)` as they were given; None when `importance` was given."""
     rows: str = "class"
@@ -110,6 +113,7 @@ def attention_flow(
     importance: Tensor | Callable[[Tensor], Tensor] | None = None,
     norm: bool = False,
     rows: str = "class",
+    memory: str = "auto",
 ) -> AttentionFlow:
     """Decompose the class token in every block of a Vision Transformer, weight the maps and accumulate them.
 
@@ -129,6 +133,10 @@ def attention_flow(
         rows: "class" is the method of the paper: the row of the class token. "patches" is another one, for models whose
             score reads the mean of the patch tokens: L_b[j] = ReLU(sum_c V[j]_c (A^T w(C))[j]_c) with all rows of the
             attention matrix A and of C = dY/dT; with w = identity it is ReLU(sum_c V * dY/dV).
+        memory: what the backward finds of every block: "fast", all that it needs; "low", the block's input and what its
+            fused attention gave, from which the rest is computed again, bit for bit the same. "auto" is "low" for
+            blocks of which a whole model would keep more than 256 MiB an image (ViT-S: from 1,400 tokens on). A model
+            of no known family always runs "fast".
 
     Returns:
         An `AttentionFlow`, one map a block for every image. In models with patch grids of several sizes every map is
@@ -143,6 +151,8 @@ def attention_flow(
     model = _unwrapped(model)
     if rows not in ("class", "patches"):
         raise ValueError(f"rows: expected 'class' or 'patches', got {rows!r}")
+    if memory not in ("auto", "fast", "low"):
+        raise ValueError(f"memory: expected 'auto', 'fast' or 'low', got {memory!r}")
     if importance is not None and target is not None:
         raise ValueError("target: cannot be explained together with importance; give one of the two")
     plan = _plan(model, images, rows == "patches")
@@ -155,8 +165,12 @@ def attention_flow(
     w = torch.relu if importance is None else lambda c: c
 
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
-        with _watched(plan, w) as watch:
-            output = _scores(model, images) if importance is None else features(model, images)
+        forward = _scores if importance is None else features
+        for last in [plan.last, None] if plan and plan.last else [None]:
+            watch = _AttentionWatch(w, memory, last)
+            with suppress(_MixesRows), _watched(model, plan, watch):
+                output = forward(model, images)
+                break
         if plan is None:
             plan = _plan_of_calls(model, images, watch)
         _check_forward(model, plan, watch.calls, output, images)
@@ -169,7 +183,7 @@ def attention_flow(
             seeds = [_importance_weights(importance, output.detach())]
         for k, seed in enumerate(seeds, 1):
             for call in watch.calls:
-                call.again = k < len(seeds)
+                call.again, call.is_last = k < len(seeds), call is watch.calls[-1]
             torch.autograd.grad(output, watch.leaves, seed, retain_graph=k < len(seeds), allow_unused=True)
             _check_backward(model, rows == "patches", watch.calls, k)
 
@@ -341,23 +355,34 @@ class _Plan:
     """See `AttentionFlow`."""
     pool: _Site | None = None
     """The attention pool, in models whose score reads its query instead of the class token."""
+    last: _Site | None = None
+    """The last attention, where its first queries alone lead to the score."""
     unproven: _Site | None = None
     """For a class that is of none of the libraries: its first attention, where the order of the patches is checked."""
 
 
 @contextmanager
-def _watched(plan: _Plan | None, w: Callable[[Tensor], Tensor]) -> Iterator[_AttentionWatch]:
+def _watched(model: nn.Module, plan: _Plan | None, watch: _AttentionWatch) -> Iterator[None]:
     """Sees the attention at the sites of the plan; without a plan, every attention."""
-    watch = _AttentionWatch(w)
     sites = [site for frame in plan.frames for site in frame] if plan else []
-    if plan is None:
-        watch.site = _ANYWHERE
+    watch.site = None if plan else _ANYWHERE
     hooks = []
-    for site in sites:
-        hooks.append((site.module.register_forward_pre_hook, partial(watch.enter, site)))
-        hooks.append((site.module.register_forward_hook, watch.leave))
-    with _hooks(hooks), watch:
-        yield watch
+    if watch.memory != "fast" and plan:
+        blocks = _blocks_around(model, [site.module for frame in plan.frames[:-1] for site in frame])
+        for block in blocks:
+            enter = partial(watch.enter_block, len(blocks))
+            hooks.append((partial(block.register_forward_pre_hook, with_kwargs=True), enter))
+            hooks.append((partial(block.register_forward_hook, prepend=True), watch.leave_block))
+    try:
+        with _hooks(hooks + watch.at(sites)), watch:
+            yield
+    finally:
+        watch.after_first = watch.after_last = None
+        watch.open_block.close()
+
+
+class _MixesRows(Exception):
+    """After the last attention something was computed that may read more than the first rows."""
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -365,11 +390,15 @@ class _AttentionWatch(TorchFunctionMode):
 
     Parameters reach every function detached, so that the graph holds what the activations need and no more. It begins
     at the output of the first attention, which becomes a leaf.
+
+    At the site `last`, whose first queries alone lead to the score, the other queries are left out, and what follows
+    is computed for these rows only; `_MixesRows` is raised where that could be seen in them. After the first attention,
+    of which the same rows count, the products with weights have a graph for these rows only, until tokens are mixed.
     """
 
-    def __init__(self, w: Callable[[Tensor], Tensor]):
+    def __init__(self, w: Callable[[Tensor], Tensor], memory: str = "fast", last: _Site | None = None):
         super().__init__()
-        self.w = w
+        self.w, self.memory, self.last = w, memory, last
         self.site: _Site | None = None
         self.softmax: list[tuple[int, int]] = []
         """Queries and keys of every softmax whose matrix did not multiply values yet."""
@@ -377,12 +406,28 @@ class _AttentionWatch(TorchFunctionMode):
         """The last one that multiplied values."""
         self.calls: list[_Attention] = []
         self.leaves: list[Tensor] = []
+        self.after_first: tuple[int, int] | None = None
+        self.after_last: tuple[int, int] | None = None
+        """After these attentions: how many rows count, and of how many."""
+        self.blocks: list[_Block] = []
+        """Those whose graph is computed again."""
+        self.block: _Block | None = None
+        self.open_block = ExitStack()
+        self.second_pass = False
         self.grid: tuple[int, int] | None = None
         """Size of the last convolution's output before the first attention."""
         self.channels: int | None = None
         """Of what the first convolution reads, the images."""
         self.images_again = False
         """Whether a convolution after the first attention reads as many channels as the images have."""
+
+    def at(self, sites: Sequence[_Site]) -> list[tuple[Callable, Callable]]:
+        """The hooks of their modules."""
+        hooks = []
+        for site in sites:
+            hooks.append((site.module.register_forward_pre_hook, partial(self.enter, site)))
+            hooks.append((site.module.register_forward_hook, self.leave))
+        return hooks
 
     def enter(self, site: _Site, module: nn.Module, args: tuple) -> None:
         self.site = site
@@ -391,13 +436,40 @@ class _AttentionWatch(TorchFunctionMode):
         self.site = self.matrix = None
         self.softmax.clear()
 
+    def enter_block(self, blocks: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        graph = 0 if tokens is None else 10 * blocks * math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
+        if self.memory == "low" or graph > _LARGE_GRAPH:
+            self.block = _Block(self, module, args, kwargs)
+            self.blocks.append(self.block)
+            self.open_block.enter_context(self.block.first_pass())
+
+    def leave_block(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.block = None
+        self.open_block.close()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args = [_without_weights(a) for a in args]
         kwargs = {name: _without_weights(a) for name, a in (kwargs or {}).items()}
+        if self.after_last is not None:
+            return self.for_first_rows(func, args, kwargs)
+        if self.after_first is not None and not _by_row(func, args, kwargs):
+            self.after_first = None
         if func is F.multi_head_attention_forward:
             with self:
                 output, _ = _multi_head_attention_forward(*args, **kwargs | {"need_weights": False})
             return output, func(*args, **kwargs)[1] if kwargs.get("need_weights", True) else None
+        if self.site is not None:
+            if func is F.scaled_dot_product_attention:
+                named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+                if named["query"].ndim == 4:
+                    return self.attend(func, _fused_attention, "query", named)
+            elif func in _MATMUL and args and args[0].ndim == 4:
+                named = {"input": args[0], "other": args[1] if len(args) > 1 else kwargs["other"]}
+                if named["other"].ndim == 4 and self.is_attention(args[0]):
+                    return self.attend(torch.matmul, _open_attention, "input", named)
+        if self.after_first is not None and func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
+            return self.with_graph_of_first_rows(*args, **kwargs)
         output = func(*args, **kwargs)
         if func is F.conv2d and output.ndim == 4:
             channels = (args[0] if args else kwargs["input"]).shape[1]
@@ -405,16 +477,8 @@ class _AttentionWatch(TorchFunctionMode):
                 self.images_again |= channels == self.channels
             else:
                 self.grid, self.channels = tuple(output.shape[2:]), self.channels or channels
-        if self.site is None:
-            return output
-        if func in _SOFTMAX:
+        if self.site is not None and func in _SOFTMAX:
             self.softmax.append(tuple(output.shape[-2:]))
-        elif func is F.scaled_dot_product_attention and output.ndim == 4:
-            values = args[2] if len(args) > 2 else kwargs["value"]
-            output = self.record(_fused_attention(self.site, self.w, output, *args, **kwargs), output, values)
-        elif func in _MATMUL and args and args[0].ndim == output.ndim == 4 and self.is_attention(args[0]):
-            self.matrix, values = args[0], args[1] if len(args) > 1 else kwargs["other"]
-            output = self.record(_open_attention(self.site, self.w, output, self.matrix, values), output, values)
         return output
 
     def is_attention(self, matrix: Tensor) -> bool:
@@ -422,16 +486,90 @@ class _AttentionWatch(TorchFunctionMode):
         shape = tuple(matrix.shape[-2:])
         if matrix is not self.matrix and shape in self.softmax:
             self.softmax.remove(shape)
+            self.matrix = matrix
             return True
         return matrix is self.matrix
 
-    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
-        if not self.leaves or not output.requires_grad:
+    def attend(self, func: Callable, seen: Callable[..., _Matrix], name: str, named: dict) -> Tensor:
+        """Computes an attention, whose rows are the rows of the argument of that name, and keeps what its map needs."""
+        rows, tokens = self.site.queries, named[name].shape[-2]
+        is_last = self.site is self.last and rows < tokens and not named.get("is_causal")
+        if is_last:
+            for argument in (name, "attn_mask"):
+                if named.get(argument) is not None and named[argument].shape[-2] > 1:
+                    named[argument] = named[argument][..., :rows, :]
+        matrix = seen(**named)
+        if self.second_pass:
+            call = next(call for call in self.calls if call.site is self.site)
+            call.matrix = matrix
+            output = func(**named)
+        else:
+            output = func(**named)
+            call = _Attention(self.site, self.w, output, matrix, self.block)
+            self.calls.append(call)
+        if call is self.calls[0] or not output.requires_grad:
             output = output.detach().requires_grad_()
-            self.leaves.append(output)
-        output.register_hook(call.receive)
-        self.calls.append(call)
+        if not self.second_pass:
+            output.register_hook(call.receive)
+            if output.is_leaf:
+                self.leaves.append(output)
+        if is_last:
+            self.after_last = rows, tokens
+            return F.pad(output, (0, 0, 0, tokens - rows))
+        if call is self.calls[0] and self.last is not None and rows < tokens:
+            self.after_first = rows, tokens
         return output
+
+    def with_graph_of_first_rows(self, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
+        """`F.linear` after the first attention."""
+        rows, _ = self.after_first
+        parts = x[:, :rows].contiguous(), x.detach()[:, rows:].contiguous()
+        return torch.cat([F.linear(part, *weights, **named) for part in parts], 1)
+
+    def for_first_rows(self, func: Callable, args: list, kwargs: dict) -> object:
+        """Calls a function after the last attention with every `(B, N, C)` cut to its first rows."""
+        rows, tokens = self.after_last
+        kind = _by_row(func, args, kwargs)
+        if kind == "looks":
+            return func(*args, **kwargs)
+        if kind == "computes":
+            cut = partial(_first_rows, rows, tokens)
+            return func(*map(cut, args), **{key: cut(a) for key, a in kwargs.items()})
+        if kind == "rearranges" and (output := func(*args, **kwargs)).ndim > 2:
+            return output
+        index = args[1] if func is Tensor.__getitem__ and args[0].ndim == 3 else None
+        match index:
+            case (slice(start=None, stop=None), int() | slice() as tokens_read, *_):
+                read = range(tokens)[tokens_read]
+                if set(read if isinstance(read, range) else [read]) <= set(range(rows)):
+                    return func(*args, **kwargs)
+        raise _MixesRows(func)
+
+
+def _by_row(func: Callable, args: list, kwargs: dict) -> str:
+    """What a function does, if it treats tokens one by one: "looks", "computes", "rearranges" their heads; else ""."""
+    name = getattr(func, "__name__", "")
+    flat = [b for a in (*args, *kwargs.values()) for b in (a if type(a) in (list, tuple) else [a])]
+    ranks = {a.ndim for a in flat if isinstance(a, Tensor)}
+    if max(ranks, default=0) < 3 or name in _LOOKS:
+        return "looks"
+    if name in _REARRANGES and ranks == {4}:
+        return "rearranges"
+    if name in ("layer_norm", "rms_norm"):
+        by_row = len(args) > 1 and len(args[1]) == 1
+    elif name in ("cat", "chunk", "split"):
+        by_row = kwargs.get("dim", args[-1]) == -1
+    else:
+        by_row = name == "linear" or 2 not in ranks
+    return "computes" if by_row and name in _COMPUTES else ""
+
+
+def _first_rows(rows: int, tokens: int, argument: object) -> object:
+    """Every `(B, N, C)` with N `tokens`, also in a list, cut to `(B, rows, C)`."""
+    if type(argument) in (list, tuple):
+        return type(argument)(_first_rows(rows, tokens, a) for a in argument)
+    has_tokens = isinstance(argument, Tensor) and argument.ndim == 3 and argument.shape[1] == tokens
+    return argument[:, :rows] if has_tokens else argument
 
 
 def _without_weights(argument: object) -> object:
@@ -441,6 +579,113 @@ def _without_weights(argument: object) -> object:
     return argument.detach() if isinstance(argument, nn.Parameter) else argument
 
 
+class _AttentionOutputs(TorchDispatchMode):
+    """Keeps what fused attention returns, its output and the log-sum-exp of its rows, and gives it back in place of
+    computing it in the second pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: list[tuple] = []
+        self.given: Iterator[tuple] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
+            return func(*args, **(kwargs or {}))
+        if self.given is not None:
+            outputs = next(self.given)
+        else:
+            outputs = func(*args, **(kwargs or {}))
+            self.kept.append(outputs)
+        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+
+
+class _Block:
+    """A block that keeps its input and what its attention returned. What else the backward needs is computed again when
+    it asks, and let go when it asks another block (Chen et al. 2016, "Training deep nets with sublinear memory cost",
+    https://arxiv.org/abs/1604.06174).
+    """
+
+    class Enough(Exception):
+        """The second pass has all that the first one had."""
+
+    def __init__(self, watch: _AttentionWatch, module: nn.Module, args: tuple, kwargs: dict):
+        self.watch, self.module = weakref.ref(watch), module
+        self.args, self.kwargs = [_leaf(a) for a in args], {name: _leaf(a) for name, a in kwargs.items()}
+        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.after_first = watch.after_first
+        self.attention = _AttentionOutputs()
+        self.count = 0
+        self.saved: dict[int, Tensor] = {}
+        device = next((a.device.type for a in self.args if isinstance(a, Tensor)), "cpu")
+        self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        with self.attention, saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        if tensor.untyped_storage().data_ptr() in self.weights:
+            return tensor
+        self.count += 1
+        return self.count - 1
+
+    def unpack(self, packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if packed not in self.saved:
+            self.second_pass()
+        if packed not in self.saved:
+            raise UnsupportedModel(
+                f"model: a {type(self.module).__name__} does not compute the same twice; give memory='fast'"
+            )
+        return self.saved.pop(packed)
+
+    def second_pass(self) -> None:
+        watch = self.watch()
+        for block in watch.blocks:
+            block.saved.clear()
+        self.attention.given = iter(self.attention.kept)
+        watch.second_pass, watch.after_first = True, self.after_first
+        sites = [call.site for call in watch.calls if call.block is self]
+        watch.site = next((site for site in sites if site.module is self.module), None)
+        try:
+            with (
+                torch.enable_grad(),
+                self.autocast,
+                _hooks(watch.at(sites)),
+                watch,
+                self.attention,
+                saved_tensors_hooks(self.save, lambda packed: packed),
+            ):
+                self.module.forward(*self.args, **self.kwargs)  # without the hooks that the arguments went through
+        except self.Enough:
+            pass
+        finally:
+            watch.leave(self.module, (), None)
+            watch.second_pass, watch.after_first = False, None
+
+    def save(self, tensor: Tensor) -> None:
+        if tensor.untyped_storage().data_ptr() not in self.weights:
+            self.saved[len(self.saved)] = tensor.detach()
+            if len(self.saved) == self.count:
+                raise self.Enough
+
+
+def _leaf(argument: object) -> object:
+    """A tensor without its graph."""
+    return argument.detach().requires_grad_(argument.requires_grad) if isinstance(argument, Tensor) else argument
+
+
+_LARGE_GRAPH = 256 * 2**20  # bytes an image; see `attention_flow`
+# By name: functions that treat every token by itself, that rearrange the heads of all, and that change nothing.
+_COMPUTES = {
+    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mul", "relu", "rms_norm",
+    "sigmoid", "silu", "split", "sub", "tanh", "to",
+}  # fmt: skip
+_REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
+_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size", "untyped_storage"}
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 # `nn.MultiheadAttention` computes in a function that modes may replace as a whole, and does not see into; this is its
@@ -452,11 +697,20 @@ _multi_head_attention_forward = FunctionType(
 )
 
 
-class _Attention:
-    """One attention T = A V, with v `(B, H', N, d)`; H' < H where groups of heads share their values.
+@dataclass(frozen=True)
+class _Matrix:
+    """What there is of the matrix A of an attention T = A V; H' < H where groups of heads share their values."""
 
-    `spread(queries)` gives rows of A, `(B, H, Q, N)` float32; `pull(gradient)` gives A^T of a gradient with respect to
-    T, `(B, H, M, d)` -> `(B, H', N, d)` float32.
+    value: Tensor
+    """V `(B, H', N, d)`."""
+    spread: Callable[[slice], Tensor]
+    """Rows of A, those of the queries: `(B, H, Q, N)` float32."""
+    pull: Callable[[Tensor], Tensor]
+    """A^T times a gradient with respect to T: `(B, H, M, d)` -> `(B, H', N, d)` float32."""
+
+
+class _Attention:
+    """One attention of the run.
 
     `receive` is the hook of T. Every gradient adds to `maps` one `(B, N)` float32, L_b over all keys, and sets
     `remainder`, the largest |sum_j S_b[j] - T_b| relative to the largest |T_b|, and `read_queries` `(M,)` bool, those
@@ -464,44 +718,39 @@ class _Attention:
     """
 
     def __init__(
-        self,
-        site: _Site,
-        w: Callable[[Tensor], Tensor],
-        output: Tensor,
-        value: Tensor,
-        spread: Callable[[slice], Tensor],
-        pull: Callable[[Tensor], Tensor],
+        self, site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, matrix: _Matrix, block: _Block | None = None
     ):
-        self.site, self.w, self.spread, self.pull = site, w, spread, pull
+        self.site, self.w, self.block = site, w, block
         self.queries = slice(site.queries or 1)  # those of the class form, and of the check
-        self.output, self.value = output.detach()[..., self.queries, :].clone(), value.detach()
-        self.shape = output.shape[0], output.shape[-2], value.shape[-2]  # B, queries M, keys N
+        self.output = output.detach()[..., self.queries, :].clone()
+        self.shape = output.shape[0], output.shape[-2], matrix.value.shape[-2]  # B, queries M, keys N
         self.dtype = output.dtype
+        self.matrix = None if block else matrix  # of a block that is computed again, what its second pass finds
         self.maps: list[Tensor] = []
-        self.again = False
+        self.again, self.is_last = False, True
         self.remainder = self.read_queries = None
 
     def receive(self, gradient: Tensor) -> None:
+        if self.matrix is None:
+            self.block.second_pass()
         with torch.autocast(gradient.device.type, enabled=False):
-            output, value, spread = self.output.float(), self.value.float(), self.spread(self.queries)
+            output, value, spread = self.output.float(), self.matrix.value.float(), self.matrix.spread(self.queries)
             values = _for_heads(value, spread.shape[1])
             largest = output.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
             self.remainder = (spread @ values - output).abs().max() / largest
-            self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
+            if self.is_last:
+                self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
-                tokens = (value * self.pull(self.w(gradient.float()))).sum((1, 3))  # V[j] (A^T w(C))[j]
+                tokens = (value * self.matrix.pull(self.w(gradient.float()))).sum((1, 3))  # V[j] (A^T w(C))[j]
             else:
                 weights = self.w(gradient[..., self.queries, :].float())  # w(C_b) (B, H, Q, d)
                 tokens = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2))
             self.maps.append(tokens.relu())
-        if not self.again:
-            del self.output, self.value, self.spread, self.pull
+        if not self.again or self.block:
+            self.matrix = None
 
 
 def _fused_attention(
-    site: _Site,
-    w: Callable[[Tensor], Tensor],
-    output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -510,8 +759,8 @@ def _fused_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> _Attention:
-    """A call of `scaled_dot_product_attention`, from its output and its arguments."""
+) -> _Matrix:
+    """Of a call of `scaled_dot_product_attention`."""
     query, key, value = query.detach(), key.detach(), value.detach()
     if attn_mask is not None:
         attn_mask = attn_mask.detach() if attn_mask.dtype == torch.bool else attn_mask.detach().float()
@@ -536,19 +785,14 @@ def _fused_attention(
             )
             return torch.autograd.grad(T, v, gradient)[0]
 
-    return _Attention(site, w, output, value, spread, pull)
+    return _Matrix(value, spread, pull)
 
 
-def _open_attention(
-    site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, matrix: Tensor, value: Tensor
-) -> _Attention:
-    """A V, where a model computes the matrix A `(B, H, M, N)` itself."""
-    matrix = matrix.detach()
-    return _Attention(
-        site,
-        w,
-        output,
-        value,
+def _open_attention(input: Tensor, other: Tensor) -> _Matrix:
+    """Of a product A V, where a model computes the matrix `(B, H, M, N)` itself."""
+    matrix = input.detach()
+    return _Matrix(
+        other.detach(),
         spread=lambda queries: matrix[..., queries, :].float(),
         pull=lambda gradient: matrix.float().transpose(-2, -1) @ gradient,
     )
@@ -596,7 +840,9 @@ def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | No
         plan = _Plan(frames, f"all tokens, rows='patches', {len(frames)} blocks")
     elif plan.pool:
         plan = _Plan([[plan.pool]], "attention pool, 1 map")
-    return replace(plan, unproven=unproven)
+    one_branch = not all_rows and all(len(frame) == 1 for frame in (plan.frames[0], plan.frames[-1]))
+    last = plan.frames[-1][0] if one_branch and family not in _WHOLE_LAST_BLOCK else None
+    return replace(plan, last=last, unproven=unproven)
 
 
 def _family(model: nn.Module) -> Callable[[nn.Module, Tensor], _Plan] | None:
@@ -611,6 +857,16 @@ def _class_names(model: nn.Module) -> list[str]:
 def _or_all_rows(model: nn.Module) -> str:
     """The way out that the family offers where the score reads the patches."""
     return " or ask for rows='patches' (--rows patches)" if _family(model) in _ALL_ROWS else ""
+
+
+def _blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that modules lie in: the innermost ones, or they themselves, that are elements of a list."""
+    around: dict[nn.Module, nn.Module | None] = {model: None}
+    for parent in model.modules():
+        for child in parent.children():
+            in_list = isinstance(parent, nn.ModuleList | nn.Sequential)
+            around.setdefault(child, child if in_list else around[parent])
+    return [block for block in dict.fromkeys(around[module] for module in modules) if block is not None]
 
 
 def _blocks(frames: list[list[_Site]]) -> _Plan:
@@ -791,6 +1047,9 @@ _FAMILIES: dict[str, Callable[[nn.Module, Tensor], _Plan]] = {
 _ALL_ROWS = {_vision_transformer, _naflex, _distilled, _torchvision, _transformers}
 """The families with `rows="patches"`."""
 
+_WHOLE_LAST_BLOCK = {_pit, _torchvision}
+"""The families whose last block is run for all tokens: how it goes on is not seen row by row."""
+
 _REFUSED = {
     "uses windowed attention: no token attends to all patches": (
         "timm.SwinTransformer", "timm.SwinTransformerV2", "timm.SwinTransformerV2Cr", "timm.DaVit",
@@ -877,8 +1136,8 @@ class _FirstValues(_AttentionWatch):
         with torch.enable_grad():  # also where the model switches gradients off
             return super().__torch_function__(func, types, args, kwargs)
 
-    def record(self, call: _Attention, output: Tensor, values: Tensor) -> Tensor:
-        self.values = values
+    def attend(self, func: Callable, seen: Callable[..., _Matrix], name: str, named: dict) -> Tensor:
+        self.values = named["value" if "value" in named else "other"]
         raise self.Found
 
 
@@ -1015,7 +1274,7 @@ def _class_indices(target: int | Sequence[int] | Tensor | None, output: Tensor) 
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(0)
     integers = indices.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if not integers or not (indices.ndim == 0 or indices.ndim <= 2 and len(indices) == batch and indices.numel()):
+    if not integers or not (indices.ndim == 0 or (indices.ndim <= 2 and len(indices) == batch and indices.numel())):
         got = " ".join(repr(target).split())[:60]
         raise ValueError(
             f"target: expected None, a class index, or for each of {batch} images one index (B,) or K of them (B, K), "

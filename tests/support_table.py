@@ -248,8 +248,8 @@ def semantic_maps():
     receive = daam_core._Attention.receive
 
     def recording(call, gradient):
-        spread = call.spread(slice(call.site.queries))  # (B, H, Q, N); of rows="patches" all queries
-        value = call.value.repeat_interleave(spread.shape[1] // call.value.shape[1], 1)  # (B, H, N, d)
+        spread = call.matrix.spread(slice(call.site.queries))  # (B, H, Q, N); of rows="patches" all queries
+        value = call.matrix.value.repeat_interleave(spread.shape[1] // call.matrix.value.shape[1], 1)  # (B, H, N, d)
         S = torch.einsum("bhqn,bhnd->bnqhd", spread, value).flatten(3)
         module = call.site.module
         # nn.MultiheadAttention has no module that reads T: it is compared after its projection
@@ -299,7 +299,7 @@ def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], T
         return module.sub_norm, lambda x: x.transpose(1, 2).flatten(2)  # (B, H, N, 2 d)
     if name == "ParallelScalingBlock":
         reader = getattr(module, "out_proj", None) or module.attn_out_proj
-        return reader, lambda x: x[..., : module.num_heads * module.head_dim]
+        return reader, lambda x: x.split(module.num_heads * module.head_dim, dim=-1)[0]
     if not re.search("Attention|Attn|MHSA", name) or name.startswith("CrossAttentionBlock"):
         return None, None
     parts = {"AttentionPoolPrr": ["post_norm"], "AttentionPoolLatent": ["proj"]}.get(name, ["norm", "proj", "o_proj"])

@@ -163,8 +163,37 @@ def test_target(model, target, explained):
     scores = model(images).detach()
     explained = scores.argmax(1).tolist() if explained is None else explained
     assert flow.target.tolist() == explained and flow.target.dtype == torch.int64
-    assert torch.equal(flow.output, scores)
+    torch.testing.assert_close(flow.output, scores)
     assert_maps_match(flow, [plain_block_maps(model, x, t) for x, t in zip(images, explained)])
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize(
+    "target", [torch.tensor([[4, 0, 2], [1, 1, 3]]), [[4, 0, 2], [1, 1, 3]], [[3], [0]]], ids=["tensor", "list", "one"]
+)
+def test_several_classes_of_every_image(target, memory, model, images):
+    target = torch.as_tensor(target)
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    flow = attention_flow(model, images, target, norm=True, memory=memory)
+    handle.remove()
+    assert flow.block_maps.shape == flow.accumulated.shape == (2, target.shape[1], BLOCKS, 4, 4)
+    assert torch.equal(flow.target, target) and len(forwards) == 1 and flow.output.shape == (2, 5)
+    for k, classes in enumerate(target.T):
+        one = attention_flow(model, images, classes, norm=True, memory=memory)
+        assert torch.equal(flow.block_maps[:, k], one.block_maps) and torch.equal(
+            flow.accumulated[:, k], one.accumulated
+        )
+        wanted = [plain_block_maps(model, x, t) for x, t in zip(images, classes)]
+        assert_maps_match(AttentionFlow(one.block_maps, one.block_maps.cumsum(1), flow.output, classes), wanted)
+
+
+def test_several_classes_of_all_rows(model, images):
+    target = [[4, 0], [1, 3]]
+    flow = attention_flow(model, images, target, rows="patches")
+    for k in range(2):
+        one = attention_flow(model, images, [row[k] for row in target], rows="patches")
+        assert torch.equal(flow.block_maps[:, k], one.block_maps)
 
 
 @pytest.mark.parametrize("num_classes", [0, 5], ids=["headless", "with head"])
@@ -179,7 +208,7 @@ def test_importance(num_classes, form, images):
     }[form]
     flow = attention_flow(model, images, importance=importance)
     assert flow.target is None
-    assert torch.equal(flow.output, features)
+    torch.testing.assert_close(flow.output, features)
     assert_maps_match(flow, [plain_block_maps(model, x, importance=p) for x, p in zip(images, rows)])
 
 
@@ -248,7 +277,7 @@ def remainder(given, told):
     """max |sum_j S_b[j] - T_b| where torch's attention gets the options `given` and daam_core is told others."""
     q, k, v = random_qkv(given)
     T = F.scaled_dot_product_attention(q, k, v, **given)[:, :, 0]
-    row = fused_attention(q, k, v, **told).spread(slice(1))
+    row = fused_attention(q, k, v, **told).matrix.spread(slice(1))
     assert row.shape == (B, H, 1, N)
     torch.testing.assert_close(row.sum(-1), torch.ones(B, H, 1))
     S = row[:, :, 0, :, None] * v.repeat_interleave(H // v.shape[1], 1)
@@ -259,7 +288,7 @@ def fused_attention(q, k, v, output=None, queries=1, **options):
     """What daam_core makes of one call of torch's attention."""
     output = F.scaled_dot_product_attention(q, k, v, **options) if output is None else output
     site = daam_core._Site(nn.Identity(), (N, 1), prefix=0, queries=queries)
-    return daam_core._fused_attention(site, torch.relu, output, q, k, v, **options)
+    return daam_core._Attention(site, torch.relu, output, daam_core._fused_attention(q, k, v, **options))
 
 
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
@@ -273,7 +302,9 @@ def test_map_of_a_gradient(options, queries):
     q, k, v = random_qkv(options)
     gradient = random_images(B, H, N, HEAD)
     call = fused_attention(q, k, v, queries=queries, **options)
-    S = call.spread(slice(queries))[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]  # (B, H, Q, N, d)
+    S = (
+        call.matrix.spread(slice(queries))[..., None] * v.repeat_interleave(H // v.shape[1], 1)[:, :, None]
+    )  # (B, H, Q, N, d)
     call.receive(gradient)
     assert call.remainder < 1e-5 and call.read_queries.all() and call.read_queries.shape == (N,)
     torch.testing.assert_close(call.maps[0], (S * gradient[:, :, :queries, None].relu()).sum((1, 2, 4)).relu())
@@ -322,7 +353,9 @@ def test_mask_of_a_model_is_seen(images):
     assert (maps[:, :, :2] == 0).all() and (maps[:, :, 2:] > 0).any()
 
 
-def test_no_attention_matrix_is_made(model, images):
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("rows", ["class", "patches"])
+def test_no_attention_matrix_is_made(memory, rows, model, images):
     seen = set()
 
     class Shapes(TorchDispatchMode):
@@ -332,7 +365,7 @@ def test_no_attention_matrix_is_made(model, images):
             return out
 
     with Shapes():
-        attention_flow(model, images)
+        attention_flow(model, images, memory=memory, rows=rows)
     assert (17, 12) in seen  # q, k, v: so the mode does see the attention
     assert (17, 17) not in seen
 
@@ -380,13 +413,14 @@ MODES = {"default": nullcontext, "no_grad": torch.no_grad, "inference_mode": tor
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("importance", [None, torch.ones(WIDTH)], ids=["target", "importance"])
-def test_everything_is_given_back(mode, importance, images):
+def test_everything_is_given_back(mode, importance, memory, images):
     model = in_disorder(tiny_vit(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5))
     expected = attention_flow(tiny_vit(), images, importance=importance)
     with MODES[mode]():
         before = state_of(model)
-        flow = attention_flow(model, images + 0, importance=importance)
+        flow = attention_flow(model, images + 0, importance=importance, memory=memory)
         assert state_of(model) == before
     assert torch.equal(flow.block_maps, expected.block_maps)  # eval mode: no dropout
     assert torch.equal(flow.output, expected.output)
@@ -432,14 +466,32 @@ def refused_target(model):
     yield {"target": 99}
 
 
-@pytest.mark.parametrize("accident", [raising_forward, raising_backward, raising_importance, refused_target])
-def test_everything_is_given_back_after_an_exception(accident, images):
+@contextmanager
+def raising_second_pass(model):
+    """Only with memory="low" does an MLP run again when the backward comes."""
+    runs = []
+
+    def hook(module, args):
+        runs.append(module)
+        if len(runs) == 2:
+            raise KeyboardInterrupt("stopped on the way")
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(hook)
+    yield {"memory": "low"}
+    handle.remove()
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize(
+    "accident", [raising_forward, raising_backward, raising_importance, refused_target, raising_second_pass]
+)
+def test_everything_is_given_back_after_an_exception(accident, memory, images):
     model = in_disorder(tiny_vit())
     expected = attention_flow(model, images)
     with accident(model) as arguments:
         before = state_of(model)
         with pytest.raises((KeyboardInterrupt, ValueError), match=r"stopped on the way|out of range"):
-            attention_flow(model, images, **arguments)
+            attention_flow(model, images, **{"memory": memory} | arguments)
         assert state_of(model) == before
     assert torch.equal(attention_flow(model, images).accumulated, expected.accumulated)
 
@@ -450,8 +502,9 @@ def test_results_carry_no_graph(model, images):
         assert tensor.grad_fn is None and not tensor.requires_grad and not tensor.is_inference()
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("accident", [None, raising_backward], ids=["after success", "after an exception"])
-def test_no_memory_is_kept(accident, model, images):
+def test_no_memory_is_kept(accident, memory, model, images):
     """Without the help of the garbage collector: a cycle would hold the graph of one call until some later time."""
     captured = []
     for block in model.blocks:
@@ -461,7 +514,7 @@ def test_no_memory_is_kept(accident, model, images):
 
     def explain():
         with accident(model) if accident else nullcontext({}) as arguments, suppress(KeyboardInterrupt):
-            attention_flow(model, images, **arguments)
+            attention_flow(model, images, memory=memory, **arguments)
 
     def living_tensors():
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -496,8 +549,9 @@ def test_gradient_checkpointing_changes_nothing(model, images):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
-def test_two_threads_at_once(shared):
+def test_two_threads_at_once(shared, memory):
     models = [tiny_vit(depth=6)] * 2 if shared else [tiny_vit(depth=6), tiny_vit(depth=4, num_heads=3)]
     batches = [random_images(2, 3, 32, 32), random_images(3, 3, 32, 32)]
     expected = [attention_flow(m, x) for m, x in zip(models, batches)]
@@ -505,7 +559,7 @@ def test_two_threads_at_once(shared):
 
     def explain(model, images):
         start.wait(timeout=30)
-        return [attention_flow(model, images) for _ in range(5)]
+        return [attention_flow(model, images, memory=memory) for _ in range(5)]
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
@@ -518,7 +572,8 @@ def test_a_flow_does_not_show_in_other_threads(model, images):
     """Another thread uses models while a flow stands still in the middle of its forward."""
     inside, go_on = threading.Event(), threading.Event()
     other = tiny_vit()
-    expected = attention_flow(model, images)
+    with torch.no_grad():
+        expected_scores, expected = model(images), attention_flow(model, images)
 
     def stand_still(module, args, output):
         inside.set()
@@ -532,7 +587,7 @@ def test_a_flow_does_not_show_in_other_threads(model, images):
             with torch.no_grad():
                 scores = other(images)
             assert scores.grad_fn is None and not scores.requires_grad
-            assert torch.equal(scores, expected.output)
+            assert torch.equal(scores, expected_scores)
             other(images).sum().backward()
             assert all(p.grad is not None for p in other.parameters())
         finally:
@@ -566,7 +621,7 @@ def refused(match, model, *arguments, **options):
         attention_flow(model, *arguments, **options)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.split(":")[0] in ("model", "images", "target", "importance")
+    assert message.split(":")[0] in ("model", "images", "target", "importance", "memory")
     assert isinstance(caught.value, UnsupportedModel) == message.startswith("model:")
 
 
@@ -600,6 +655,11 @@ def test_refused_without_classifier(images):
     refused("^importance: the model has no classifier", tiny_vit(num_classes=0), images)
 
 
+@pytest.mark.parametrize("memory", ["small", None, True])
+def test_refused_memory(memory, model, images):
+    refused("^memory: expected 'auto', 'fast' or 'low', got", model, images, memory=memory)
+
+
 def test_refused_target_and_importance_together(model, images):
     refused(
         "^target: cannot be explained together with importance", model, images, target=1, importance=torch.ones(WIDTH)
@@ -617,10 +677,14 @@ def test_refused_features_that_do_not_read_the_class_token(images):
         (-1, "^target: class -1 is out of range"),
         ([0, 7], "^target: class 7 is out of range"),
         (torch.tensor([-2, 1]), "^target: class -2 is out of range"),
-        ([1], "^target: .* one index for each of 2 images"),
-        ([1, 2, 3], "^target: .* one index for each of 2 images"),
+        ([1], "^target: .* for each of 2 images one index"),
+        ([1, 2, 3], "^target: .* for each of 2 images one index"),
         ([], "^target: expected"),
         ([[0, 1]], "^target: expected"),
+        ([[0, 1], [2, 5]], "^target: class 5 is out of range"),
+        ([[], []], "^target: expected"),
+        ([[0, 1], [2]], "^target: expected"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), "^target: expected"),
         (True, "^target: expected .* got True"),
         ([True, False], "^target: expected"),
         (torch.tensor([True, False]), "^target: expected"),

@@ -188,17 +188,18 @@ def without_value_bias(module, x, query, key, value, mask):
     ],
 )
 def test_negative_control(family, term_left_out):
-    row, inputs = row_of(family), {}
+    row, inputs = row_of(family), []  # the module that attends, and what it reads
     fused_attention = daam_core._fused_attention
 
-    def told(site, w, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
-        terms = term_left_out(site.module, inputs[site.module], query, key, value, attn_mask)
-        return fused_attention(site, w, output, *terms)
+    def told(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        return fused_attention(*term_left_out(*inputs, query, key, value, attn_mask))
 
     def make():
         model = row.make()
         for block in model.blocks:
-            block.attn.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]}))
+            block.attn.register_forward_pre_hook(
+                lambda module, args: inputs.__setitem__(slice(None), (module, args[0]))
+            )
         return model
 
     control = dataclasses.replace(row, make=make)
