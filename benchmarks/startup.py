@@ -1,0 +1,99 @@
+"""Where the time of the first picture goes: the supervised script from its start to the GIF, part by part.
+
+    HF_ENDPOINT=http://127.0.0.1:9 python benchmarks/startup.py
+
+Every round starts three fresh processes in turn: Python with nothing to do; Python that times the imports and the parts
+of the script, which runs in it; and the script itself. The parts follow each other and do not overlap. The question is
+what the script takes beyond the imports of torch and timm, the model and the flow: 1 second is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "VIT_DynamicAccumulatedAttentionMap_oneSample"
+PHOTO = ROOT / ".img" / "coffee.png"
+FUNCTIONS = {"prepare": "load the model", "attention_flow": "flow", "read_image": "read the photo",
+             "manifest": "describe the run", "save_result": "draw and write"}  # fmt: skip
+"""The script's global names that are timed."""
+NEEDED = ("import torch", "import timm", "load the model", "flow")
+
+
+def parts(arguments: list[str]) -> dict[str, float]:
+    """Seconds of every part of the script, which runs in this process."""
+    seconds = {}
+
+    def timed(part: str, function: Callable) -> Callable:
+        def run(*args, **options):
+            began = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                seconds[part] = seconds.get(part, 0) + time.perf_counter() - began
+
+        return run
+
+    sys.path.insert(0, str(ROOT))
+    for module in ("torch", "timm", SCRIPT):
+        timed("import the rest" if module == SCRIPT else f"import {module}", importlib.import_module)(module)
+    script = sys.modules[SCRIPT]
+    for name, part in FUNCTIONS.items():
+        setattr(script, name, timed(part, getattr(script, name)))
+    timed("main", script.main)(arguments)
+    seconds["options and the like"] = seconds.pop("main") - sum(seconds[part] for part in FUNCTIONS.values())
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="vit_small_patch14_caltech101")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", metavar="FILE", help=argparse.SUPPRESS)  # in a process of its own: times the parts
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--image", str(PHOTO), "--model", options.model, "--output-dir", folder]
+        if options.parts:
+            Path(options.parts).write_text(json.dumps(parts(arguments)))
+            return
+
+        def seconds(*command: str) -> float:
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            return time.perf_counter() - began
+
+        rounds = []
+        for _ in range(options.rounds):
+            told = Path(folder, "parts.json")
+            start = {"start and end of Python": seconds("-c", "pass")}
+            whole = seconds(__file__, "--model", options.model, "--parts", str(told))
+            of_parts = start | json.loads(told.read_text())
+            of_parts["end of the process"] = whole - sum(of_parts.values())
+            of_parts["the whole script"] = seconds(str(ROOT / f"{SCRIPT}.py"), *arguments)
+            of_parts["beyond torch, timm, model and flow"] = of_parts["the whole script"] - sum(
+                of_parts[part] for part in NEEDED
+            )
+            rounds.append(of_parts)
+    print(
+        f"{options.model}, Python {platform.python_version()}, {os.cpu_count()} CPUs, {options.rounds} rounds; seconds"
+    )
+    for part in rounds[0]:
+        values = [of_parts[part] for of_parts in rounds]
+        print(f"  {part:<36}{statistics.median(values):7.3f}  ({min(values):.3f} to {max(values):.3f})")
+    beyond = statistics.median(of_parts["beyond torch, timm, model and flow"] for of_parts in rounds)
+    print(f"  {'within 1 second' if beyond <= 1 else 'more than 1 second'}")
+
+
+if __name__ == "__main__":
+    main()
