@@ -7,27 +7,31 @@ Without a classifier there is no class score. The nearest neighbours of the phot
 vote on its class, and say how much every dimension of its feature speaks for that class; this importance is sent back.
 
 Edit the constants or give the options of the same names. For every photo the script prints the vote and writes
-OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, neighbours.png, maps.npz and flow.json.
+OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, neighbours.png, maps.npz and flow.json;
+several classes side by side.
 Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import timm
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from daam_core import attention_flow
+from daam_core import AttentionFlow, attention_flow
 from memorybank import COLDEST, MemoryBank, Vote
-from models import LoadedModel, WeightsUnavailable, embedded_names, find_class, load, weights_sha256
+from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
 from models.command_line import (
     explain_photos,
     file_name,
     find_device,
+    find_targets,
     flow_options,
     going_on,
     load_named,
@@ -59,7 +63,8 @@ BANK = None
 # How many neighbours vote, and the temperature of their votes.
 K, TEMPERATURE = 20, 0.07
 
-# The class to explain: an index, a name ("wild cat"), or None for the predicted class of every photo.
+# What to explain: a class index, a name ("wild cat"), or None for the predicted class of every photo. Side by side: a
+# list of indices and names, or "top3" (top1 to top10) for the three classes of every photo with the most votes.
 TARGET = None
 
 # A class that is named is explained by its neighbours among so many.
@@ -70,6 +75,15 @@ OUTPUT_DIR = "results"
 
 # "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
 DEVICE = "auto"
+
+# The model computes in "float32", or under autocast in "bfloat16" or "float16": half the memory, fast on GPUs.
+DTYPE = "float32"
+
+# What is kept for the gradient: "fast" all that it needs, "low" little, the rest is computed again, "auto" decides.
+MEMORY = "auto"
+
+# How many photos the model sees at once.
+BATCH = 16
 
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
@@ -94,7 +108,7 @@ BANKS, EMBEDDED_BANK = HERE / "memorybank" / "DINO" / "ImageNet2012", HERE / "me
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
+        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
     )  # fmt: skip
     add, count, shown = parser.add_argument, number(int, 1, 10**9), "(default: %(default)s)"
     add("--bank", metavar="DIR", default=BANK, help="the memory bank (default: the one that belongs to the model)")
@@ -111,8 +125,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int | None]:
-    """The model and its bank, or the embedded pair in place of a default that is not there; the class to explain."""
+def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, list[int] | int]:
+    """The model and its bank, or the embedded pair in place of a default that is not there; the targets it finds."""
     if options.checkpoint is not None or getattr(options, "model", MODEL) != DEFAULT:
         loaded = load_named(options, MODEL)
         bank = MemoryBank.load(options.bank or find_bank(loaded.name))
@@ -124,9 +138,7 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, int |
     bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
     if options.k > len(bank.labels):
         raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}")
-    if options.target is None:
-        return loaded, bank, None
-    return loaded, bank, find_class(str(options.target), bank.class_names, bank.num_classes)
+    return loaded, bank, find_targets(options.target, bank.class_names, bank.num_classes)
 
 
 def load_of_bank(bank: MemoryBank, options: argparse.Namespace) -> LoadedModel:
@@ -166,23 +178,57 @@ def find_bank(model: str) -> Path:
 
 
 def explain(
-    file: Path, folder: Path, loaded: LoadedModel, bank: MemoryBank, target: int | None, options: argparse.Namespace
-) -> None:
-    """Explain one photo, print the vote on its class and write its results to `folder`-<class>."""
-    photo = read_image(file)
-    images = loaded.transform(photo).unsqueeze(0)
-    asked = options.k if target is None else min(max(options.k, options.target_k), len(bank.labels))
-    vote = wide = None
+    images: Tensor, loaded: LoadedModel, bank: MemoryBank, targets: list[int] | int, options: argparse.Namespace
+) -> tuple[AttentionFlow, Tensor, Vote, Vote]:
+    """The flow of a batch of photos, each of them K times; the classes `(B, K)`; the vote, and that of the neighbours
+    among which a named class is looked for. The N classes with the most votes may be fewer: then the first one fills
+    the row."""
+    named = not isinstance(targets, int)
+    times = len(targets) if named else targets
+    asked = min(max(options.k, options.target_k), len(bank.labels)) if named else options.k
+    found = None
 
     def importance(features: Tensor) -> Tensor:
-        nonlocal vote, wide
+        nonlocal found
+        features = features[::times]
         similarities, rows = bank.nearest(features, asked)  # the bank is read once
         vote = bank.vote(similarities[:, : options.k], rows[:, : options.k], options.temperature)
         wide = bank.vote(similarities, rows, options.temperature)
-        return bank.importance_of(features, wide, vote.prediction if target is None else target)
+        if named:
+            classes = torch.tensor(targets).expand(len(features), -1)
+        else:
+            votes, classes = vote.votes.topk(times)
+            classes = torch.where(votes > 0, classes, classes[:, :1])
+        found = classes, vote, wide
+        return torch.stack([bank.importance_of(features, wide, c) for c in classes.unbind(1)], 1).flatten(0, 1)
 
-    flow = attention_flow(loaded.model, images, importance=importance, norm=options.norm, rows=options.rows)
-    votes, labels = vote.votes[0], vote.labels[0]
+    flow = attention_flow(
+        loaded.model, images.repeat_interleave(times, 0), importance=importance, norm=options.norm, rows=options.rows,
+        memory=options.memory,
+    )  # fmt: skip
+    return flow, *found
+
+
+def save(
+    file: Path,
+    folder: Path,
+    index: int,
+    flow: AttentionFlow,
+    classes: Tensor,
+    vote: Vote,
+    wide: Vote,
+    loaded: LoadedModel,
+    bank: MemoryBank,
+    targets: list[int] | int,
+    options: argparse.Namespace,
+) -> None:
+    """Print the vote on the class of one photo of the batch and write its results to `folder`-<class>."""
+    photo = read_image(file)
+    chosen = list(dict.fromkeys(classes[index].tolist()))
+    mine = slice(start := index * classes.shape[1], start + len(chosen))
+    maps = [m[mine].unsqueeze(0) if len(chosen) > 1 else m[mine] for m in (flow.block_maps, flow.accumulated)]
+    flow = replace(flow, block_maps=maps[0], accumulated=maps[1], output=flow.output[mine])
+    votes, labels = vote.votes[index], vote.labels[index]
 
     def describe(k: int) -> dict:
         share = (votes[k] / votes.sum()).item()
@@ -192,14 +238,15 @@ def explain(
         return c["index"], c["name"], f"{c['vote']:6.1%} of the votes, {c['neighbours']:>2} of {len(labels)} neighbours"
 
     top5 = [describe(k) for k in votes.topk(min(5, len(labels.unique()))).indices.tolist()]
-    explained = describe(vote.prediction.item() if target is None else target)
-    neighbours = [n for n in describe_neighbours(bank, wide) if target is None or n["index"] == target]
-    short_name = explained["name"].split(", ")[0]
-    same = sum(n["index"] == explained["index"] for n in neighbours)
-    headline = f"{same} of the {asked} nearest neighbours are {short_name}"
+    explained = [describe(k) for k in chosen]
+    neighbours = describe_neighbours(bank, wide, index)
+    if not isinstance(targets, int):
+        neighbours = [n for n in neighbours if n["index"] in chosen]
+    counts = [(sum(n["index"] == c["index"] for n in neighbours), c["name"].split(", ")[0]) for c in explained]
+    headline = f"{counts[0][0]} of the {wide.labels.shape[1]} nearest neighbours are {counts[0][1]}"
+    headline += "".join(f", {n} {name}" for n, name in counts[1:])
     told = manifest(
-        file, photo, images, loaded, flow, options,
-        target=explained | {"requested": options.target},
+        file, photo, loaded, flow, options, explained,
         top5=top5,
         bank={
             "folder": str(bank.directory), "features": len(bank.labels), "k": options.k,
@@ -207,14 +254,14 @@ def explain(
         },
         neighbours=neighbours,
     )  # fmt: skip
-    pictures = {"neighbours.png": draw_neighbours(photo, headline, neighbours, explained["index"])}
+    pictures = {"neighbours.png": draw_neighbours(photo, headline, neighbours, chosen)}
     tqdm.write(f"{file}")
-    save_result(folder, flow, photo, loaded, options, [row(c) for c in top5], row(explained), told, pictures)
+    save_result(folder, 0, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told, pictures)
 
 
-def describe_neighbours(bank: MemoryBank, vote: Vote) -> list[dict]:
-    """Of the first image, for flow.json: row in the bank, class, similarity and, where it is known, the file."""
-    rows = zip(vote.neighbours[0].tolist(), vote.labels[0].tolist(), vote.similarities[0].tolist())
+def describe_neighbours(bank: MemoryBank, vote: Vote, index: int) -> list[dict]:
+    """Of one image, for flow.json: row in the bank, class, similarity and, where it is known, the file."""
+    rows = zip(vote.neighbours[index].tolist(), vote.labels[index].tolist(), vote.similarities[index].tolist())
     return [
         {"row": row, "index": label, "name": bank.class_name(label), "similarity": similarity}
         | ({"file": str(bank.file(row))} if bank.files else {})
@@ -223,10 +270,10 @@ def describe_neighbours(bank: MemoryBank, vote: Vote) -> list[dict]:
 
 
 def draw_neighbours(
-    photo: Image.Image, headline: str, neighbours: list[dict], explained: int, columns: int = 5, most: int = 40
+    photo: Image.Image, headline: str, neighbours: list[dict], explained: list[int], columns: int = 5, most: int = 40
 ) -> Image.Image:
     """The photo, and beside it its neighbours: their pictures where the files are there, else their names. Those of the
-    explained class have a green frame."""
+    explained classes have a green frame."""
     side, gap, line, left = 150, 10, 22, 320
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     neighbours = neighbours[:most]
@@ -255,7 +302,7 @@ def draw_neighbours(
         except ValueError:  # not known, or not there any more
             ImageDraw.Draw(tile).text((side / 2, side / 2), fit(name, side - 12), "black", small, anchor="mm")
         page.paste(tile, (x, y))
-        colour = "limegreen" if neighbour["index"] == explained else "silver"
+        colour = "limegreen" if neighbour["index"] in explained else "silver"
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
         draw.text((x, y + side + 3), fit(name, side - 40), "black", small)
         draw.text((x + side, y + side + 3), cosine, "black", small, anchor="ra")
@@ -263,7 +310,7 @@ def draw_neighbours(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return explain_photos(parse_options(arguments), prepare, explain)
+    return explain_photos(parse_options(arguments), prepare, explain, save)
 
 
 if __name__ == "__main__":

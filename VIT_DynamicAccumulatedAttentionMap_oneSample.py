@@ -2,9 +2,11 @@
 
     python VIT_DynamicAccumulatedAttentionMap_oneSample.py
     python VIT_DynamicAccumulatedAttentionMap_oneSample.py --image photo.jpg --target "tabby cat"
+    python VIT_DynamicAccumulatedAttentionMap_oneSample.py --image photo.jpg --target top3
 
 Edit the constants or give the options of the same names. For every photo the script prints the five most probable
-classes and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, maps.npz and flow.json.
+classes and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, maps.npz and flow.json; several
+classes side by side.
 Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
 """
 
@@ -13,13 +15,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from daam_core import attention_flow
-from models import LoadedModel, WeightsUnavailable, find_class, load
+from daam_core import AttentionFlow, attention_flow
+from models import LoadedModel, WeightsUnavailable, load
 from models.command_line import (
     explain_photos,
     find_device,
+    find_targets,
     flow_options,
     going_on,
     load_named,
@@ -40,7 +45,8 @@ MODEL = "deit_small_patch16_224"
 # A local file of weights for MODEL (.safetensors, .pth), or None.
 CHECKPOINT = None
 
-# The class to explain: an index, a name ("tabby cat"), or None for the predicted class of every photo.
+# What to explain: a class index, a name ("tabby cat"), or None for the predicted class of every photo. Side by side: a
+# list of indices and names, or "top3" (top1 to top10) for the three most probable classes of every photo.
 TARGET = None
 
 # Where the results go.
@@ -48,6 +54,15 @@ OUTPUT_DIR = "results"
 
 # "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
 DEVICE = "auto"
+
+# The model computes in "float32", or under autocast in "bfloat16" or "float16": half the memory, fast on GPUs.
+DTYPE = "float32"
+
+# What is kept for the gradient: "fast" all that it needs, "low" little, the rest is computed again, "auto" decides.
+MEMORY = "auto"
+
+# How many photos the model sees at once.
+BATCH = 16
 
 # Min-max normalise the map of every block before it is accumulated (off in the paper).
 NORM = False
@@ -70,12 +85,12 @@ DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
+        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
     ).parse_args(arguments)  # fmt: skip
 
 
-def prepare(options: argparse.Namespace) -> tuple[LoadedModel, int | None]:
-    """The model, or the embedded one in place of a default whose weights cannot be had; and the class to explain."""
+def prepare(options: argparse.Namespace) -> tuple[LoadedModel, list[int] | int]:
+    """The model, or the embedded one in place of a default whose weights cannot be had; what `find_targets` found."""
     if options.checkpoint is not None or hasattr(options, "model") or MODEL != DEFAULT:
         loaded = load_named(options, MODEL)
     else:
@@ -89,18 +104,37 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, int | None]:
             f"model: {loaded.name} has no classifier, so there is no class score to explain; "
             f"DINO_DAAM_Visualization_oneSample.py explains such models"
         )
-    if options.target is None:
-        return loaded, None
-    return loaded, find_class(str(options.target), loaded.class_names, loaded.num_classes)
+    return loaded, find_targets(options.target, loaded.class_names, loaded.num_classes)
 
 
-def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, options: argparse.Namespace) -> None:
-    """Explain one photo, print its classes and write its results to `folder`-<class>."""
+def explain(
+    images: Tensor, loaded: LoadedModel, targets: list[int] | int, options: argparse.Namespace
+) -> tuple[AttentionFlow]:
+    """The flow of a batch of photos."""
+    if targets == 1:
+        target = None
+    elif isinstance(targets, int):
+        with torch.no_grad():
+            output = loaded.model(images)
+        target = getattr(output, "logits", output).topk(targets).indices  # (B, K)
+    else:
+        target = torch.tensor(targets).expand(len(images), -1).squeeze(1)  # (B, K); of one class (B,)
+    rows, memory = options.rows, options.memory
+    return (attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory),)
+
+
+def save(
+    file: Path,
+    folder: Path,
+    index: int,
+    flow: AttentionFlow,
+    loaded: LoadedModel,
+    targets: list[int] | int,
+    options: argparse.Namespace,
+) -> None:
+    """Print the classes of one photo of the batch and write its results to `folder`-<class>."""
     photo = read_image(file)
-    images = loaded.transform(photo).unsqueeze(0)
-    flow = attention_flow(loaded.model, images, target, norm=options.norm, rows=options.rows)
-
-    scores = flow.output[0].float()
+    scores = flow.output[index].float()
     probabilities = scores.softmax(0)
 
     def describe(k: int) -> dict:
@@ -111,16 +145,14 @@ def explain(file: Path, folder: Path, loaded: LoadedModel, target: int | None, o
         return c["index"], c["name"], f"{c['probability']:6.1%}"
 
     top5 = [describe(k) for k in scores.topk(min(5, len(scores))).indices.tolist()]
-    explained = describe(flow.target.item())
-    told = manifest(
-        file, photo, images, loaded, flow, options, target=explained | {"requested": options.target}, top5=top5
-    )
+    explained = [describe(k) for k in flow.target[index].view(-1).tolist()]
+    told = manifest(file, photo, loaded, flow, options, explained, top5=top5)
     tqdm.write(f"{file}")
-    save_result(folder, flow, photo, loaded, options, [row(c) for c in top5], row(explained), told)
+    save_result(folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return explain_photos(parse_options(arguments), prepare, explain)
+    return explain_photos(parse_options(arguments), prepare, explain, save)
 
 
 if __name__ == "__main__":

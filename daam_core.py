@@ -76,6 +76,7 @@ __all__ = [
     "save_flow",
     "save_gif",
     "sheet",
+    "side_by_side",
     "whole_file",
 ]
 
@@ -1398,6 +1399,36 @@ def block_labels(blocks: int) -> list[str]:
     return [f"{b}/{blocks}" for b in range(1, blocks + 1)]
 
 
+def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> list[Image.Image]:
+    """Put several flows of one picture beside each other, to compare classes.
+
+    Args:
+        panels: for each of K classes its L frames from `overlay`, all of one size.
+        titles: a text for every class, written above its panel and cut where it is longer.
+
+    Returns:
+        L RGB images, K panels wide.
+
+    Raises:
+        ValueError: when the numbers of frames or of titles differ.
+    """
+    if not panels or len({len(frames) for frames in panels}) > 1:
+        raise ValueError(f"panels: expected as many frames of every class, got {[len(frames) for frames in panels]}")
+    if titles is not None and len(titles) != len(panels):
+        raise ValueError(f"titles: expected one for each of {len(panels)} classes, got {len(titles)}")
+    w, h = panels[0][0].size
+    height = _text_height((w, h))
+    font, gap, top = ImageFont.load_default(height), max(2, height // 3), 0 if titles is None else 3 * height // 2
+    page = Image.new("RGB", (len(panels) * (w + gap) - gap, top + h), "white")
+    for k, title in enumerate(titles or ()):
+        ImageDraw.Draw(page).text((k * (w + gap) + w / 2, top / 2), _cut(title, font, w), "black", font, anchor="mm")
+    pages = [page.copy() for _ in panels[0]]
+    for k, frames in enumerate(panels):
+        for page, frame in zip(pages, frames):
+            page.paste(frame, (k * (w + gap), top))
+    return pages
+
+
 def sheet(
     image: Image.Image, frames: Sequence[Image.Image], caption: str = "", columns: int = 4, side: int = 288
 ) -> Image.Image:
@@ -1405,25 +1436,27 @@ def sheet(
 
     Args:
         image: the picture.
-        frames: from `overlay`.
+        frames: from `overlay`, or from `side_by_side`; drawn in the scale of the picture.
         caption: a few short lines, drawn below the picture.
         columns: frames in a row.
-        side: the longer side of a frame in pixels.
+        side: the longer side of the picture in pixels.
 
     Returns:
         One RGB image.
     """
-    w, h = (max(1, round(length * side / max(image.size))) for length in image.size)
+    scale = side / max(image.size)
+    (w, h), (frame_w, frame_h) = ([max(1, round(scale * x)) for x in size] for size in (image.size, frames[0].size))
     gap, left, rows = 8, max(w, side), math.ceil(len(frames) / columns)
+    step = frame_w + (gap if frame_w == w else 3 * gap)  # wider than the gap between the panels of a frame
     lines = 24 * len(caption.splitlines())
-    height = max(rows * (h + gap), h + gap + lines) + gap
-    page = Image.new("RGB", (left + min(columns, len(frames)) * (w + gap) + 2 * gap, height), "white")
+    height = max(rows * (frame_h + gap), h + gap + lines) + gap
+    page = Image.new("RGB", (left + 3 * gap + (min(columns, len(frames)) - 1) * step + frame_w, height), "white")
     page.paste(image.convert("RGB").resize((w, h), Image.Resampling.LANCZOS), (gap, gap))
     ImageDraw.Draw(page).multiline_text((gap, h + 2 * gap), caption, "black", ImageFont.load_default(17), spacing=7)
     for i, frame in enumerate(frames):
         row, column = divmod(i, columns)
-        corner = (left + 2 * gap + column * (w + gap), gap + row * (h + gap))
-        page.paste(frame.resize((w, h), Image.Resampling.LANCZOS), corner)
+        corner = (left + 2 * gap + column * step, gap + row * (frame_h + gap))
+        page.paste(frame.resize((frame_w, frame_h), Image.Resampling.LANCZOS), corner)
     return page
 
 
@@ -1440,7 +1473,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
     """
     if not frames:
         raise ValueError("frames: there are none")
-    palettes = [frame.quantize(256) for frame in frames]
+    palettes = [_quantized(frame) for frame in frames]
     with whole_file(path) as part:
         palettes[0].save(
             part,
@@ -1454,6 +1487,13 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
         )
 
 
+def _quantized(frame: Image.Image, pixels: int = 60_000) -> Image.Image:
+    """In 256 colours, by the median cut of every few of its pixels: nearly as good as of all, and faster."""
+    step = max(1, math.isqrt(frame.width * frame.height // pixels))
+    colours = Image.fromarray(np.asarray(frame)[::step, ::step]).quantize(256)
+    return frame.quantize(palette=colours, dither=Image.Dither.NONE)
+
+
 def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """`(L, h, w)` uint8 -> `(L, H, W)` uint8, bilinear."""
     h, w = size
@@ -1462,8 +1502,19 @@ def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([cv2.resize(grey, (w, h), interpolation=cv2.INTER_LINEAR) for grey in heat])
 
 
+def _text_height(size: tuple[int, int]) -> int:
+    """Of what is written on frames of this size, in pixels."""
+    return max(10, min(size) // 14)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    while text.strip("…") and font.getlength(text) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    return text
+
+
 def _write_label(frame: Image.Image, text: str) -> None:
-    height = max(10, min(frame.size) // 14)
+    height = _text_height(frame.size)
     font, margin = ImageFont.load_default(height), height // 3
     draw = ImageDraw.Draw(frame)
     draw.text((margin, margin), text, "white", font, stroke_width=max(1, height // 10), stroke_fill="black")
@@ -1483,34 +1534,39 @@ def save_flow(
     manifest: dict | None = None,
     duration: int = 400,
     pictures: dict[str, Image.Image] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> Path:
     """Write the flow of one image as a folder.
 
         flow.gif                one frame a block; the last one stays three times as long
         frames/block_01.png ... the same frames, lossless
         sheet.png               the picture and all frames at a glance
-        maps.npz                `block_maps` and `accumulated` (L, h, w), `output` (K,), all float32
+        maps.npz                `block_maps` and `accumulated` (L, h, w), `output` (num_classes,), all float32
         flow.json               the manifest
 
-    Files appear under their names when all of them are whole; other files in the folder stay.
+    Of K classes the maps are (K, L, h, w), and every frame has K panels beside each other. Files appear under their
+    names when all of them are whole; other files in the folder stay.
 
     Args:
         directory: the folder; made where it is missing.
-        image: the picture; the frames have its size.
+        image: the picture; the frames, or the panels of a frame, have its size.
         flow: from `attention_flow`.
         index: which image of the batch.
         caption: a few lines for the sheet.
         manifest: what else belongs into flow.json, ready for `json.dump`.
         duration: milliseconds a frame.
         pictures: more pictures for the folder, by file name.
+        titles: of K classes, their names, written above the panels.
 
     Returns:
         The folder.
     """
     directory = Path(directory).absolute()
     accumulated = flow.accumulated[index]
-    blocks, h, w = accumulated.shape
-    frames = overlay(image, render(accumulated), block_labels(blocks))
+    *classes, blocks, h, w = accumulated.shape
+    panels = [overlay(image, render(a), block_labels(blocks)) for a in accumulated.reshape(-1, blocks, h, w)]
+    frames = side_by_side(panels, titles) if classes else panels[0]
+    columns = max(1, min(4, 6 // len(panels)))
     maps = {"block_maps": flow.block_maps[index], "accumulated": accumulated, "output": flow.output[index]}
     manifest = (manifest or {}) | {"blocks": blocks, "grid": [h, w]}
 
@@ -1520,7 +1576,7 @@ def save_flow(
         save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
         for b, frame in enumerate(frames, 1):
             frame.save(part / "frames" / f"block_{b:02d}.png")
-        sheet(image, frames, caption).save(part / "sheet.png")
+        sheet(image, frames, caption, columns).save(part / "sheet.png")
         for name, picture in (pictures or {}).items():
             picture.save(part / name)
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})

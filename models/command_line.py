@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import re
 import sys
 import textwrap
 from collections.abc import Callable
-from itertools import chain, count
+from contextlib import nullcontext
+from itertools import chain, count, cycle
 from pathlib import Path
 
 import torch
@@ -18,11 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from daam_core import AttentionFlow, UnsupportedModel, save_flow
-from models import LoadedModel, WeightsUnavailable, architecture_of, load, sha256
-from models.images import find_images
+from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load, sha256
+from models.images import find_images, read_image
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
 LARGE = 4_000_000  # pixels above which twelve frames take a while
+MOST_CLASSES = 10  # of one photo
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"  # CUDA and MPS, CPU, CPU on Windows
+LONGEST = 80  # characters of the classes in the name of a folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,9 +46,12 @@ def flow_options(
     image: str | Path,
     model: str,
     checkpoint: str | Path | None,
-    target: int | str | None,
+    target: int | str | list[int | str] | None,
     output_dir: str | Path,
     device: str,
+    dtype: str,
+    memory: str,
+    batch: int,
     norm: bool,
     rows: str,
     size: str | int,
@@ -73,12 +81,28 @@ def flow_options(
     )
     add(
         "--target",
+        nargs="+",
         metavar="CLASS",
         default=target,
-        help=f"class index or name (default: {'the predicted class' if target is None else target})",
+        help="class index or name; several are drawn side by side; top3: the three most probable ones of every photo "
+        f"(default: {'the predicted class' if target is None else target})",
     )
     add("--output-dir", metavar="DIR", default=output_dir, help="where the results go (default: %(default)s)")
     add("--device", default=device, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default=dtype,
+        help="the model computes in it; its weights stay float32 (default: %(default)s)",
+    )
+    add(
+        "--memory",
+        choices=["auto", "fast", "low"],
+        default=memory,
+        help="fast keeps what the gradient needs, low computes it again, auto decides (default: %(default)s)",
+    )
+    add("--batch", type=number(int, 1, 4096, "photos"), metavar="N", default=str(batch),
+        help="photos that the model sees at once (default: %(default)s)")  # fmt: skip
     add(
         "--norm",
         action=argparse.BooleanOptionalAction,
@@ -158,6 +182,36 @@ def load_named(options: argparse.Namespace, default: str) -> LoadedModel:
     return load(name, options.checkpoint, find_device(options.device))
 
 
+def find_targets(
+    target: int | str | list[int | str] | None, class_names: list[str] | None, num_classes: int
+) -> list[int] | int:
+    """What TARGET or --target asks for: the indices of the classes that it names, or N for the N most probable ones of
+    every photo (of "topN", and 1 of None).
+
+    Raises:
+        ValueError: when a class is not found or named twice, or there are too many.
+    """
+    if target is None:
+        return 1
+    words = [str(word) for word in (target if isinstance(target, (list, tuple)) else [target])]
+    most = min(MOST_CLASSES, num_classes)
+    if not 1 <= len(words) <= most:
+        raise ValueError(f"target: expected 1 to {most} classes, got {len(words)}")
+    indices = []
+    for word in words:
+        if top := re.fullmatch(r"top *(\d+)", word.strip().lower()):
+            if len(words) > 1:
+                raise ValueError(f"target: {word!r} goes with no other class; give it alone")
+            if not 1 <= int(top[1]) <= most:
+                raise ValueError(f"target: expected top1 to top{most}, got {word}")
+            return int(top[1])
+        index = find_class(word, class_names, num_classes)
+        if index in indices:
+            raise ValueError(f"target: {words[indices.index(index)]!r} and {word!r} are the same class; name it once")
+        indices.append(index)
+    return indices
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Photos and results
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,24 +220,30 @@ def load_named(options: argparse.Namespace, default: str) -> LoadedModel:
 def explain_photos(
     options: argparse.Namespace,
     prepare: Callable[[argparse.Namespace], tuple],
-    explain: Callable[..., None],
+    explain: Callable[..., tuple],
+    save: Callable[..., None],
 ) -> int:
     """Explain every photo that the options name; what cannot be done is a line on stderr, the others are still done.
+
+    The model sees --batch photos at once. They are read again one by one to be drawn, so that no more than one of them
+    is held.
 
     Args:
         options: of `flow_options`.
         prepare: options -> (loaded model, ...), what every photo needs; called when there are photos.
-        explain: (file, folder, *prepared, options) -> None, writes the results of one photo; `folder` has no class yet.
+        explain: (images (B, 3, H, W), *prepared, options) -> what `save` needs.
+        save: (file, folder, index, *explained, *prepared, options) -> None, writes the results of one photo of the
+            batch; `folder` has no class yet.
 
     Returns:
         The exit code.
     """
     failures = 0
 
-    def failed(error: Exception) -> None:
+    def failed(error: Exception, file: Path | None = None) -> None:
         nonlocal failures
         failures += 1
-        tqdm.write(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}" + (f" ({file})" if file and str(file) not in str(error) else ""), file=sys.stderr)
 
     files: list[Path] = []
     for path in options.image:
@@ -195,41 +255,85 @@ def explain_photos(
     if not files:
         return 2
     try:
-        loaded, *more = prepare(options)
+        prepared = prepare(options)
     except ValueError as error:
         failed(error)
         return 2
+    loaded, place = prepared[0], Path(options.output_dir, file_name(prepared[0].name))
+    device = next(loaded.model.parameters()).device
 
-    names = result_names(files)
-    for file, name in tqdm(zip(files, names), total=len(files), unit="image", disable=len(files) == 1):
+    def explain_batch(batch: dict[Path, Tensor]) -> None:
         try:
-            explain(file, Path(options.output_dir, file_name(loaded.name), name), loaded, *more, options)
+            with precision(device, options.dtype):
+                explained = explain(torch.stack([*batch.values()]).to(device), *prepared, options)
+        except UnsupportedModel:
+            raise
+        except ValueError as error:
+            if len(batch) == 1:
+                failed(error, *batch)
+                bar.update()
+            else:
+                for file, images in batch.items():  # to see whose fault it is
+                    explain_batch({file: images})
+            return
+        for index, file in enumerate(batch):
+            try:
+                save(file, place / names[file], index, *explained, *prepared, options)
+            except (ValueError, OSError) as error:
+                failed(error, file)
+            bar.update()
+
+    names = dict(zip(files, result_names(files)))
+    with tqdm(total=len(files), unit="image", disable=len(files) == 1) as bar:
+        try:
+            for start in range(0, len(files), options.batch):
+                batch = {}
+                for file in files[start : start + options.batch]:
+                    try:
+                        batch[file] = loaded.transform(read_image(file))
+                    except ValueError as error:
+                        failed(error)
+                        bar.update()
+                if batch:
+                    explain_batch(batch)
         except UnsupportedModel as error:
             failed(error)
-            break
-        except (ValueError, OSError) as error:
-            failed(error)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+                raise
+            photos = f"{len(batch)} photos at once need" if len(batch) > 1 else "one photo needs"
+            failed(ValueError(
+                f"batch: {photos} more memory than {device} has; try a smaller --batch, --memory low or --size 1024"
+            ))  # fmt: skip
     return 2 if failures else 0
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
+    """Where the model computes in that dtype."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def manifest(
     file: Path,
     photo: Image.Image,
-    images: Tensor,
     loaded: LoadedModel,
     flow: AttentionFlow,
     options: argparse.Namespace,
+    explained: list[dict],
     **more,
 ) -> dict:
-    """What flow.json says of every flow, and `more`."""
-    device = str(next(loaded.model.parameters()).device)
+    """What flow.json says of every flow: the class that is explained as `target`, or several as `targets`; and
+    `more`."""
+    requested = options.target if isinstance(options.target, (list, tuple)) else [options.target]
+    targets = [c | {"requested": word} for c, word in zip(explained, cycle(requested))]
     return {
         "method": "Dynamic Accumulated Attention Map" + ", all-rows form" * (flow.rows == "patches"),
         "model": loaded.name,
         "checkpoint": loaded.provenance,
         "image": {"file": str(file), "sha256": sha256(file), "width": photo.width, "height": photo.height},
+        **({"target": targets[0]} if len(targets) == 1 else {"targets": targets}),
         **more,
-        "input_size": list(images.shape[1:]),
+        "input_size": [3, *loaded.size],
         "decomposed": flow.decomposed,
         "num_prefix_tokens": flow.num_prefix_tokens,
         "settings": {
@@ -237,7 +341,9 @@ def manifest(
             "norm": options.norm,
             "size": options.size,
             "duration": options.duration,
-            "device": device,
+            "device": str(next(loaded.model.parameters()).device),
+            "dtype": options.dtype,
+            "memory": options.memory,
         },
         "versions": versions(*PACKAGES, *(["transformers"] if "transformers" in sys.modules else [])),
     }
@@ -245,41 +351,57 @@ def manifest(
 
 def save_result(
     folder: Path,
+    index: int,
     flow: AttentionFlow,
     photo: Image.Image,
     loaded: LoadedModel,
     options: argparse.Namespace,
     classes: list[tuple[int, str, str]],
-    explained: tuple[int, str, str],
+    explained: list[tuple[int, str, str]],
     told: dict,
     pictures: dict[str, Image.Image] | None = None,
 ) -> None:
-    """Print the classes of a photo and write its flow to `folder`-<class>.
+    """Print the classes of a photo and write its flow to `folder`-<class>, or `folder`-<class>-<class>-...
 
     Args:
-        folder: without the class.
-        flow: of this photo alone.
+        folder: without the classes.
+        index: which image of the flow.
+        flow: its maps are `(B, L, h, w)`, or `(B, K, L, h, w)` of several classes.
         photo: as it was read.
         classes: index, name and how sure, as a text, of the most probable ones; captions take the text up to a comma.
-        explained: the same of the one that is explained.
+        explained: the same of those that are explained.
         told: for flow.json.
         pictures: more of them, by file name.
     """
-    index, name, share = explained
-    name = name.split(", ")[0]
-    folder = folder.with_name(f"{folder.name}-{file_name(name)}" + "-patches" * (flow.rows == "patches"))
-    caption = f"{name}: {share.split(',')[0].strip()}\n{loaded.name}\n" + textwrap.fill(flow.decomposed, 34)
-    if index != classes[0][0]:
-        caption += f"\npredicted: {classes[0][1].split(', ')[0]} {classes[0][2].split(',')[0].strip()}"
-    tqdm.write("\n".join(f"  {share}  {index:>4}  {name}" for index, name, share in classes))
+    names = [name.split(", ")[0] for _, name, _ in explained]
+    if len(set(names)) < len(names):  # two kinds of crane
+        names = [f"{name} {k}" for name, (k, _, _) in zip(names, explained)]
+    suffix = "-".join(map(file_name, names))
+    if len(names) > 1 and len(suffix) > LONGEST:
+        suffix = f"{suffix[:LONGEST]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
+    folder = folder.with_name(f"{folder.name}-{suffix}" + "-patches" * (flow.rows == "patches"))
+
+    def short(share: str) -> str:
+        return share.split(",")[0].strip()
+
+    lines = [f"{name}: {short(share)}" for name, (_, _, share) in zip(names, explained)]
+    lines += [loaded.name, flow.decomposed]
+    if classes[0][0] not in [k for k, _, _ in explained]:
+        lines.append(f"predicted: {classes[0][1].split(', ')[0]} {short(classes[0][2])}")
+    tqdm.write("\n".join(f"  {share}  {k:>4}  {name}" for k, name, share in classes))
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
     elif options.size != "image":
         photo = ImageOps.contain(photo, (options.size, options.size), Image.Resampling.BICUBIC)
-    if photo.width * photo.height > LARGE:
-        tqdm.write(f"  frames of {photo.width} x {photo.height} pixels take a while; --size 1024 is faster")
-    save_flow(folder, photo, flow, caption=caption, manifest=told, duration=options.duration, pictures=pictures)
-    tqdm.write(f"  explained: {index} {name} ({flow.decomposed}) -> {folder / 'flow.gif'}")
+    if len(names) * photo.width * photo.height > LARGE:
+        each = f"{len(names)} x " * (len(names) > 1) + f"{photo.width} x {photo.height}"
+        tqdm.write(f"  frames of {each} pixels take a while; --size 1024 is faster")
+    save_flow(
+        folder, photo, flow, index, "\n".join(textwrap.fill(line, 34) for line in lines), told, options.duration,
+        pictures, names if len(names) > 1 else None,
+    )  # fmt: skip
+    shown = ", ".join(f"{k} {name}" for name, (k, _, _) in zip(names, explained))
+    tqdm.write(f"  explained: {shown} ({flow.decomposed}) -> {folder / 'flow.gif'}")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -37,6 +37,7 @@ from daam_core import (
     save_flow,
     save_gif,
     sheet,
+    side_by_side,
     whole_file,
 )
 
@@ -1009,6 +1010,58 @@ def test_sheet_writes_the_caption_below_the_picture():
     assert heights == sorted(set(heights))
 
 
+def test_sheet_of_several_classes_is_in_the_scale_of_the_picture():
+    colours = [(200, 10 * b, 100) for b in range(4)]
+    frames = side_by_side([[solid(colour) for colour in colours], [solid("lime")] * 4])
+    page = sheet(solid("red"), frames, "", 2, side=40)
+    _, left, height, width = box(page, (255, 0, 0))
+    boxes = [box(page, colour) for colour in colours]
+    assert {(h, w) for _, _, h, w in boxes} == {(height, width)} == {(20, 40)}
+    (y0, x0, *_), (y1, x1, *_), (y2, x2, *_), _ = boxes
+    assert y0 == y1 < y2 and left + width < x0 == x2
+    lime = np.nonzero((np.asarray(page)[y0] == (0, 255, 0)).all(1))[0]
+    between = lime[lime < x1].max(), lime[lime < x1].min()
+    assert x1 - between[0] > 2 * (between[1] - (x0 + width)) > 0  # frames are further apart than the panels of one
+
+
+def test_side_by_side():
+    red, lime, blue = ([solid(colour, (30, 40)), solid("black", (30, 40))] for colour in ("red", "lime", "blue"))
+    pages = side_by_side([red, lime, blue])
+    assert len(pages) == 2 and len({page.size for page in pages}) == 1
+    gap = (pages[0].width - 90) // 2
+    assert gap >= 2 and pages[0].height == 40
+    for k, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        assert box(pages[0], colour) == (0, k * (30 + gap), 40, 30)
+    assert (np.asarray(pages[1])[:, 30 : 30 + gap] == 255).all() and not np.asarray(pages[1])[:, :30].any()
+
+
+def test_side_by_side_with_titles():
+    panels = [[solid("red", (120, 80))], [solid("lime", (120, 80))]]
+    plain, titled, cut = (side_by_side(panels, t)[0] for t in (None, ("cup", "i"), ("cup" * 50, "i" * 500)))
+    top = titled.height - plain.height
+    assert top > 10 and np.array_equal(np.asarray(titled)[top:], np.asarray(plain))  # nothing of the pictures is hidden
+    assert cut.size == titled.size
+    for page, widest in ((titled, 40), (cut, 120)):
+        for left in (0, page.width - 120):
+            columns = np.nonzero((np.asarray(page)[:top, left : left + 120] < 128).any((0, 2)))[0]
+            assert 0 < np.ptp(columns) + 1 <= widest
+            assert abs(columns.min() + columns.max() - 119) <= 12  # in the middle of the panel
+        assert (np.asarray(page)[:top, 120:-120] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "panels, titles, match",
+    [
+        ([], None, "^panels: expected as many frames of every class, got"),
+        ([[solid("red")], []], None, r"^panels: .*\[1, 0\]"),
+        ([[solid("red")]], ["a", "b"], "^titles: expected one for each of 1 classes, got 2"),
+    ],
+)
+def test_side_by_side_errors(panels, titles, match):
+    with pytest.raises(ValueError, match=match):
+        side_by_side(panels, titles)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A flow as a folder
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1042,6 +1095,26 @@ def test_save_flow_writes_the_chosen_image(flow, tmp_path):
         assert sorted(maps) == ["accumulated", "block_maps", "output"]
         for name in maps:
             assert maps[name].dtype == np.float32 and np.array_equal(maps[name], getattr(flow, name)[1])
+
+
+@pytest.mark.parametrize("classes, columns", [(1, 4), (2, 3), (4, 1)])
+def test_save_flow_of_several_classes(model, images, tmp_path, classes, columns):
+    """A frame has a panel for every class, each drawn by its own maximum."""
+    flow = attention_flow(model, images, [[4, 1, 0, 2][:classes]] * 2)
+    picture, names = Image.fromarray(random_picture(64, 96)), ["cup", "ewer", "lotus", "crab"][:classes]
+    folder = save_flow(tmp_path / "a", picture, flow, 1, "caption", titles=names)
+    panels = [overlay(picture, render(a), block_labels(BLOCKS)) for a in flow.accumulated[1]]
+    frames = side_by_side(panels, names)
+    for b, frame in enumerate(frames, 1):
+        assert np.array_equal(Image.open(folder / "frames" / f"block_{b:02d}.png"), frame)
+    assert np.array_equal(Image.open(folder / "sheet.png"), sheet(picture, frames, "caption", columns))
+    shown, _ = read_gif(folder / "flow.gif")
+    assert [frame.shape[:2] for frame in shown] == [frames[0].size[::-1]] * BLOCKS
+    manifest = json.loads((folder / "flow.json").read_text(encoding="utf-8"))
+    assert manifest == {"blocks": BLOCKS, "grid": [4, 4]}
+    with np.load(folder / "maps.npz") as maps:
+        assert maps["block_maps"].shape == (classes, BLOCKS, 4, 4) and maps["output"].shape == (5,)
+        assert np.array_equal(maps["accumulated"], flow.accumulated[1])
 
 
 def test_save_flow_of_half_precision_features(tmp_path):

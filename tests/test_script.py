@@ -1,5 +1,6 @@
 """The supervised script from end to end, as a subprocess, without network."""
 
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,11 @@ import transformers
 from PIL import Image
 from test_models import fake_cache
 from tiny_models import build, tiny_timm
+
+import VIT_DynamicAccumulatedAttentionMap_oneSample as script
+from daam_core import attention_flow, block_labels, overlay, render, side_by_side
+from models import command_line, load
+from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
@@ -174,6 +181,15 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
         (["--image", "empty"], ["image: the folder empty has no images"]),
         (["--target", "dgo"], ["target: no class is called 'dgo'; near names: dog"]),
         (["--target", "3"], ["target: class 3 is out of range; there are 3 classes"]),
+        (["--target", "cat", "dgo"], ["target: no class is called 'dgo'; near names: dog"]),
+        (["--target", "cat", "dog", "1"], ["target: 'dog' and '1' are the same class; name it once"]),
+        (["--target", "0", "1", "2", "cat"], ["target: expected 1 to 3 classes, got 4"]),
+        (["--target", "top4"], ["target: expected top1 to top3, got top4"]),
+        (["--target", "top0"], ["target: expected top1 to top3, got top0"]),
+        (["--target", "cat", "top2"], ["target: 'top2' goes with no other class; give it alone"]),
+        (["--batch", "0"], ["--batch: expected 1 to 4096 photos, got 0"]),
+        (["--dtype", "float8"], ["--dtype: invalid choice: 'float8' (choose from", "bfloat16"]),
+        (["--memory", "much"], ["--memory: invalid choice: 'much' (choose from", "low"]),
         (["--device", "abacus"], ["device: 'abacus' cannot be used"]),
         (["--device", "meta"], ["device: 'meta' cannot be used"]),
         (["--checkpoint", "gone.pth"], ["checkpoint: there is no file gone.pth"]),
@@ -225,6 +241,183 @@ def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))  # fmt: skip
     one_line_error(result, "File too large")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several classes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_classes_side_by_side(offline, tmp_path):
+    result = run("--model", EMBEDDED, "--target", "ewer", "cup", "--size", 96, "--output-dir", tmp_path, env=offline)
+    assert result.returncode == 0, result.stderr
+    assert "  explained: 39 ewer, 30 cup (class token, 12 blocks) -> " in result.stdout
+    folder = tmp_path / EMBEDDED / "coffee-ewer-cup"
+    loaded, photo = load(EMBEDDED), read_image(ROOT / ".img" / "coffee.png")
+    expected = attention_flow(loaded.model, loaded.transform(photo).unsqueeze(0), [[39, 30]])
+    maps = np.load(folder / "maps.npz")
+    assert maps["output"].shape == (101,)
+    for name in ("block_maps", "accumulated"):
+        wanted = getattr(expected, name)[0].numpy()
+        assert maps[name].shape == (2, 12, 16, 16)
+        np.testing.assert_allclose(maps[name], wanted, atol=1e-4 * wanted.max())
+
+    photo = photo.resize((96, 64), Image.Resampling.BICUBIC)
+    panels = [overlay(photo, render(a), block_labels(12)) for a in maps["accumulated"]]
+    for b, frame in enumerate(side_by_side(panels, ["ewer", "cup"]), 1):
+        saved = np.asarray(Image.open(folder / "frames" / f"block_{b:02d}.png"), float)
+        assert saved.shape == np.asarray(frame).shape and np.abs(saved - np.asarray(frame)).max() < 32
+    with Image.open(folder / "flow.gif") as gif:
+        assert gif.n_frames == 12 and gif.size == frame.size
+
+    flow = json.loads((folder / "flow.json").read_text())
+    assert "target" not in flow and flow["grid"] == [16, 16]
+    assert [(c["index"], c["name"], c["requested"]) for c in flow["targets"]] == [
+        (39, "ewer", "ewer"),
+        (30, "cup", "cup"),
+    ]
+    scores = torch.from_numpy(maps["output"])
+    assert [c["score"] for c in flow["targets"]] == pytest.approx(scores[[39, 30]].tolist())
+    assert [c["probability"] for c in flow["targets"]] == pytest.approx(scores.softmax(0)[[39, 30]].tolist())
+
+
+def test_the_most_probable_classes_of_every_photo(offline, tmp_path):
+    photos = [ROOT / ".img" / name for name in ("coffee.png", "flower.jpg")]
+    options = ("--model", EMBEDDED, "--size", 64, "--output-dir", tmp_path)
+    result = run("--image", *photos, "--target", "top3", *options, env=offline)
+    assert result.returncode == 0, result.stderr
+    explained = []
+    for photo in photos:
+        flow = json.loads(next((tmp_path / EMBEDDED).glob(f"{photo.stem}-*/flow.json")).read_text())
+        assert flow["targets"] == [c | {"requested": "top3"} for c in flow["top5"][:3]]
+        explained.append([c["name"] for c in flow["targets"]])
+        folder = tmp_path / EMBEDDED / "-".join([photo.stem, *explained[-1]])
+        assert np.load(folder / "maps.npz")["block_maps"].shape == (3, 12, 16, 16)
+    assert explained[0] != explained[1]
+
+
+def test_names_of_classes_that_are_alike_or_long(weights, tmp_path, monkeypatch):
+    """They are told apart, and the folder of many does not become too long for a file system."""
+    state = safetensors.torch.load_file(weights)
+    names = ["crane, bird", "crane, machine", "w" * 200]
+    metadata = {"architecture": TINY, "class_names": json.dumps(names)}
+    safetensors.torch.save_file(state, tmp_path / "mine.safetensors", metadata)
+    options = [
+        "--checkpoint",
+        str(tmp_path / "mine.safetensors"),
+        "--size",
+        "64",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert script.main([*options, "--target", "0", "1"]) == 0
+    assert (tmp_path / "out" / "mine" / "coffee-crane_0-crane_1" / "flow.gif").is_file()
+    assert script.main([*options, "--target", "2", "1"]) == script.main([*options, "--target", "1", "2"]) == 0
+    assert sorted(len(p.name) for p in (tmp_path / "out" / "mine").iterdir())[1:] == [96, 96]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches, precision, memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five, and one that cannot be read."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("astronaut.png", "chelsea.png", "china.jpg", "coffee.png", "flower.jpg"):
+        Image.open(ROOT / ".img" / name).resize((96, 64)).save(folder / name)
+    (folder / "damaged.png").write_text("not an image")
+    return folder
+
+
+def test_batches_give_what_single_photos_give(offline, weights, photos, tmp_path):
+    made = {}
+    for batch in (1, 4):
+        out = tmp_path / f"by_{batch}"
+        options = ("--checkpoint", weights, "--target", "cat", "dog", "--batch", batch, "--output-dir", out)
+        result = run("--image", photos, *options, env=offline)
+        one_line_error(result, "image: ", "damaged.png")
+        assert "6/6" in result.stderr
+        made[batch] = {p.parent.name: np.load(p) for p in (out / "tiny").rglob("maps.npz")}
+    assert made[1].keys() == made[4].keys() and len(made[1]) == 5
+    for name, alone in made[1].items():
+        for key in ("block_maps", "accumulated", "output"):
+            wanted, largest = alone[key], np.abs(alone[key]).max()
+            np.testing.assert_allclose(made[4][name][key], wanted, atol=1e-4 * largest, err_msg=name)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every call of attention_flow by the script: images, arguments, and how many photos lie in memory."""
+    calls, pictures = [], []
+
+    def read(path):
+        picture = read_image(path)
+        pictures.append(weakref.ref(picture))
+        return picture
+
+    def flow(model, images, *args, **kwargs):
+        gc.collect()
+        calls.append((len(images), kwargs, sum(picture() is not None for picture in pictures)))
+        return attention_flow(model, images, *args, **kwargs)
+
+    monkeypatch.setattr(script, "attention_flow", flow)
+    for module in (script, command_line):
+        monkeypatch.setattr(module, "read_image", read)
+    return calls
+
+
+def test_the_model_sees_batches_and_no_photo_is_held(watched, weights, photos, tmp_path, capsys):
+    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
+    assert script.main([*options, "--batch", "3"]) == 2
+    assert [(size, held) for size, _, held in watched] == [(3, 0), (2, 0)]  # the fourth cannot be read
+    assert script.main([*options, "--memory", "low", "--rows", "patches", "--norm"]) == 2
+    assert watched[2][1] == {"norm": True, "rows": "patches", "memory": "low"} and watched[2][0] == 5
+    assert len(list((tmp_path / "out" / "tiny").iterdir())) == 10
+    flow = json.loads(next((tmp_path / "out").rglob("coffee-*-patches/flow.json")).read_text())
+    assert flow["settings"]["memory"] == "low" and flow["settings"]["dtype"] == "float32"
+
+
+def test_out_of_memory_names_the_batch(weights, photos, tmp_path, capsys, monkeypatch):
+    """One line; what was done before stays, and nothing is half-written."""
+    calls = iter([attention_flow, lambda *args, **kwargs: torch.empty(1 << 60)])
+    monkeypatch.setattr(script, "attention_flow", lambda *args, **kwargs: next(calls)(*args, **kwargs))
+    (photos / "damaged.png").unlink()
+    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
+    assert script.main([*options, "--batch", "3"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1, errors
+    assert "error: batch: 2 photos at once need more memory than cpu has; try a smaller --batch" in errors[0]
+    made = sorted(p.name.split("-")[0] for p in (tmp_path / "out" / "tiny").iterdir())
+    assert made == ["astronaut", "chelsea", "china"] and no_leftovers(tmp_path)
+
+
+def test_errors_of_the_script_itself_are_not_hidden(weights, photos, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(script, "attention_flow", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        script.main(["--image", str(photos / "coffee.png"), "--checkpoint", str(weights)])
+
+
+@pytest.mark.parametrize("dtype, target", [("bfloat16", "top2"), ("float16", "cup")])
+def test_half_precision_stays_close(dtype, target, offline, tmp_path):
+    options = ("--dtype", dtype, "--target", target, "--size", 64, "--output-dir", tmp_path)
+    result = run("--model", EMBEDDED, *options, env=offline)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    file = next(tmp_path.rglob("maps.npz"))
+    maps, flow = np.load(file), json.loads(file.with_name("flow.json").read_text())
+    assert flow["settings"]["dtype"] == dtype
+    classes = [c["index"] for c in flow.get("targets", [flow.get("target")])]
+    loaded = load(EMBEDDED)
+    images = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
+    exact = attention_flow(loaded.model, images, [classes]).accumulated[0, :, -1].flatten(1).numpy()
+    half = maps["accumulated"].reshape(len(classes), 12, -1)[:, -1]
+    assert not np.allclose(half, exact, rtol=1e-5, atol=0)  # it was computed in another precision
+    assert all(np.corrcoef(a, b)[0, 1] > 0.999 for a, b in zip(half, exact, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,6 +488,9 @@ def test_transformers_model_from_a_folder(offline, tmp_path):
     assert flow["model"] == "hf:mine" and flow["target"]["index"] == 1 and flow["grid"] == [4, 4]
     weights = tmp_path / "mine" / "model.safetensors"
     assert flow["checkpoint"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    result = run("--model", f"hf:{tmp_path / 'mine'}", "--target", "top2", env=offline, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert len(list((tmp_path / "results" / "hf_mine").glob("coffee-*-*"))) == 1
 
 
 def test_torchvision_model_from_a_checkpoint(offline, tmp_path):

@@ -196,6 +196,62 @@ def test_a_bank_of_ones_own(offline, weights, own_bank, tmp_path):  # noqa: F811
     np.testing.assert_allclose(maps[0]["output"], maps[1]["output"], rtol=1e-5)
 
 
+def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
+    """Those that are named, and the N with the most votes, which may be fewer."""
+    options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--size", 64, "--output-dir", tmp_path]
+    made = {}
+    for name, more in {
+        "coffee-coffee": ("--target", "coffee"),
+        "coffee-noise": ("--target", "noise"),
+        "coffee-noise-coffee": ("--target", "noise", "coffee"),
+    }.items():
+        result = run(*options, "--k", 8, *more, env=offline)
+        assert result.returncode == 0, result.stderr
+        made[name] = np.load(tmp_path / "tiny" / name / "maps.npz")
+    assert made["coffee-noise-coffee"]["block_maps"].shape == (2, *made["coffee-noise"]["block_maps"].shape)
+    for k, name in enumerate(("coffee-noise", "coffee-coffee")):
+        for key in ("block_maps", "accumulated"):
+            wanted = made[name][key]
+            np.testing.assert_allclose(made["coffee-noise-coffee"][key][k], wanted, atol=1e-4 * wanted.max())
+    assert made["coffee-noise-coffee"]["output"].shape == made["coffee-noise"]["output"].shape == (48,)
+    flow = json.loads((tmp_path / "tiny" / "coffee-noise-coffee" / "flow.json").read_text())
+    assert [(c["name"], c["neighbours"]) for c in flow["targets"]] == [("noise", 0), ("coffee", 8)]
+    assert {n["name"] for n in flow["neighbours"]} == {"noise", "coffee"}
+
+    result = run(*options, "--k", 8, "--target", "top3", "--output-dir", tmp_path / "few", env=offline)
+    assert result.returncode == 0, result.stderr
+    flow = json.loads((tmp_path / "few" / "tiny" / "coffee-coffee" / "flow.json").read_text())
+    assert flow["target"]["name"] == "coffee" and flow["target"]["requested"] == "top3" and "targets" not in flow
+
+    photos = [own_bank / "photos" / name / "0.png" for name in ("coffee", "noise")]
+    result = run(
+        "--image", *photos, *options, "--k", 24, "--target", "top2", "--output-dir", tmp_path / "all", env=offline
+    )
+    assert result.returncode == 0, result.stderr
+    for name in ("coffee", "noise"):
+        file = next(f for f in (tmp_path / "all").rglob("flow.json") if f"{name}/0.png" in f.read_text()[:2000])
+        flow = json.loads(file.read_text())
+        assert [c["name"] for c in flow["targets"]] == [c["name"] for c in flow["top5"][:2]]
+        assert flow["targets"][0]["name"] == name
+        assert (
+            np.load(file.with_name("maps.npz"))["accumulated"].shape == made["coffee-noise-coffee"]["accumulated"].shape
+        )
+
+
+def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(offline, weights, own_bank, tmp_path):  # noqa: F811
+    photos = [own_bank / "photos" / name / "3.png" for name in ("coffee", "noise", "grey")]
+    options = ("--bank", own_bank / "bank", "--k", 2, "--target-k", 2, "--target", "noise", "--size", 64)
+    result = run("--image", *photos, "--checkpoint", weights, *options, "--output-dir", tmp_path, env=offline)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 2, result.stderr
+    for name, line in zip(("coffee", "grey"), errors):
+        assert line.startswith("error: target: none of the 2 nearest neighbours is of the class noise; ")
+        assert line.endswith(f"({own_bank / 'photos' / name / '3.png'})")
+    assert "3/3" in result.stderr
+    flows = list(tmp_path.rglob("flow.json"))
+    assert len(flows) == 1 and json.loads(flows[0].read_text())["image"]["file"] == str(photos[1])
+
+
 def test_the_bank_says_which_model(offline, tmp_path):  # noqa: F811
     bank = shutil.copytree(BANK, tmp_path / "mine")
     options = ["--bank", bank, "--target", "cup", "--size", "model", "--output-dir", tmp_path / "out"]
