@@ -111,14 +111,12 @@ def explain(
     images: Tensor, loaded: LoadedModel, targets: list[int] | int, options: argparse.Namespace
 ) -> tuple[AttentionFlow]:
     """The flow of a batch of photos."""
-    if targets == 1:
-        target = None
-    elif isinstance(targets, int):
-        with torch.no_grad():
-            output = loaded.model(images)
-        target = getattr(output, "logits", output).topk(targets).indices  # (B, K)
-    else:
-        target = torch.tensor(targets).expand(len(images), -1).squeeze(1)  # (B, K); of one class (B,)
+
+    def target(scores: Tensor) -> Tensor:  # (B, num_classes) -> (B, K); of one class (B,)
+        if isinstance(targets, int):
+            return scores.topk(targets).indices.squeeze(1)
+        return torch.tensor(targets).expand(len(scores), -1).squeeze(1)
+
     rows, memory = options.rows, options.memory
     return (attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory),)
 

@@ -155,6 +155,8 @@ def test_timm_models_match_the_derivation(name, options, size, dtype):
         (torch.tensor(2), [2, 2, 2]),
         (torch.tensor([2, 3, 1]), [2, 3, 1]),
         (torch.tensor([2, 3, 1], dtype=torch.uint8), [2, 3, 1]),
+        (lambda scores: scores.argmax(1), None),
+        (lambda scores: [4, 0, 2] if scores.shape == (3, 5) and not scores.requires_grad else None, [4, 0, 2]),
     ],
 )
 def test_target(model, target, explained):
@@ -692,6 +694,8 @@ def test_refused_features_that_do_not_read_the_class_token(images):
         ([0.0, 1.0], "^target: expected"),
         ("cat", "^target: expected .* got 'cat'"),
         (["cat", "dog"], "^target: expected"),
+        (lambda scores: scores, "^target: expected"),
+        (lambda scores: [0, 5], "^target: class 5 is out of range"),
         (2**70, "^target: expected"),
         (torch.zeros(2, 2), "^target: expected"),
     ],
