@@ -1491,12 +1491,13 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
         )
 
 
-def _quantized(frame: Image.Image, pixels: int = 60_000) -> Image.Image:
-    """In 256 colours, by the median cut of every few of its pixels with five bits a channel: as good as of all pixels,
-    in a tenth of the time."""
+def _quantized(frame: Image.Image, pixels: int = 10_000) -> Image.Image:
+    """In 256 colours: the median cut of every few of its pixels with five bits a channel, and one step of k-means;
+    closer than the median cut of all pixels, in a tenth of the time."""
     step = max(1, math.isqrt(frame.width * frame.height // pixels))
     coarse = (np.asarray(frame)[::step, ::step] & 0b11111000) + 0b100
-    return frame.quantize(palette=Image.fromarray(coarse).quantize(256), dither=Image.Dither.NONE)
+    colours = Image.fromarray(coarse).quantize(256, kmeans=1)
+    return frame.quantize(palette=colours, dither=Image.Dither.NONE)
 
 
 def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
