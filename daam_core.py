@@ -48,6 +48,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -1388,14 +1389,16 @@ def overlay(
     if labels is not None and len(labels) != len(heat):
         raise ValueError(f"labels: expected one for each of {len(heat)} frames, got {len(labels)}")
 
-    frames = []
-    for b, grey in enumerate(_resize(heat, image.shape[:2])):
+    picture = 0.8 * image
+
+    def draw(grey: np.ndarray, label: str) -> Image.Image:
         colour = cv2.applyColorMap(grey, cv2.COLORMAP_JET)[..., ::-1]  # BGR -> RGB
-        frame = Image.fromarray(np.clip(0.4 * colour + 0.8 * image, 0, 255).astype(np.uint8))
-        if labels is not None:
-            _write_label(frame, labels[b])
-        frames.append(frame)
-    return frames
+        frame = Image.fromarray(np.clip(0.4 * colour + picture, 0, 255).astype(np.uint8))
+        if label:
+            _write_label(frame, label)
+        return frame
+
+    return _in_threads(draw, _resize(heat, image.shape[:2]), labels or [""] * len(heat))
 
 
 def block_labels(blocks: int) -> list[str]:
@@ -1477,7 +1480,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
     """
     if not frames:
         raise ValueError("frames: there are none")
-    palettes = [_quantized(frame) for frame in frames]
+    palettes = _in_threads(_quantized, frames)
     with whole_file(path) as part:
         palettes[0].save(
             part,
@@ -1498,6 +1501,12 @@ def _quantized(frame: Image.Image, pixels: int = 10_000) -> Image.Image:
     coarse = (np.asarray(frame)[::step, ::step] & 0b11111000) + 0b100
     colours = Image.fromarray(coarse).quantize(256, kmeans=1)
     return frame.quantize(palette=colours, dither=Image.Dither.NONE)
+
+
+def _in_threads(function: Callable, *arguments: Sequence) -> list:
+    """As `map`, on all cores: Pillow lets other threads run while it computes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -1580,9 +1589,9 @@ def save_flow(
     try:
         (part / "frames").mkdir(parents=True)
         save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
-        for b, frame in enumerate(frames, 1):
-            frame.save(part / "frames" / f"block_{b:02d}.png", compress_level=1)  # a third of the time, 9 % larger
-        sheet(image, frames, caption, columns).save(part / "sheet.png")
+        names = [f"block_{b:02d}.png" for b in range(1, blocks + 1)]
+        _in_threads(lambda frame, name: frame.save(part / "frames" / name, compress_level=1), frames, names)
+        sheet(image, frames, caption, columns).save(part / "sheet.png", compress_level=1)
         for name, picture in (pictures or {}).items():
             picture.save(part / name)
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
