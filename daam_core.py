@@ -299,8 +299,9 @@ def _min_max(maps: Tensor) -> Tensor:
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode; without timm's checkpointing, whose second forward would not be watched, and with timm's differential
     attention as one matrix instead of the difference of two fused calls. Every flag is put back."""
-    flags = [(m, name) for m in model.modules() for name in ("training", "grad_checkpointing") if m.__dict__.get(name)]
-    differential = [m for m in model.modules() if type(m).__name__.startswith("Diff")]
+    modules = list(model.modules())
+    flags = [(m, name) for m in modules for name in ("training", "grad_checkpointing") if m.__dict__.get(name)]
+    differential = [m for m in modules if type(m).__name__.startswith("Diff")]
     flags += [(m, "fused_attn") for m in differential if m.__dict__.get("fused_attn")]
     try:
         for module, name in flags:
@@ -453,8 +454,11 @@ class _AttentionWatch(TorchFunctionMode):
         self.open_block.close()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # x.shape and the like: half of all calls
+            return func(*args, **kwargs)
         args = [_without_weights(a) for a in args]
-        kwargs = {name: _without_weights(a) for name, a in (kwargs or {}).items()}
+        kwargs = {name: _without_weights(a) for name, a in kwargs.items()}
         if self.after_last is not None:
             return self.for_first_rows(func, args, kwargs)
         if self.after_first is not None and not _by_row(func, args, kwargs):
@@ -552,8 +556,11 @@ class _AttentionWatch(TorchFunctionMode):
 
 def _without_weights(argument: object) -> object:
     """Parameters detached, also in a list."""
-    if type(argument) in (list, tuple):
-        return type(argument)(map(_without_weights, argument))
+    kind = type(argument)
+    if kind in (list, tuple):
+        return kind(map(_without_weights, argument))
+    if kind is Tensor or not issubclass(kind, Tensor):
+        return argument
     return argument.detach() if isinstance(argument, nn.Parameter) else argument
 
 
@@ -715,7 +722,10 @@ _COMPUTES = {
     "sigmoid", "silu", "split", "sub", "tanh", "to",
 }  # fmt: skip
 _REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
-_LOOKS = {"__get__", "detach", "dim", "register_hook", "requires_grad_", "size", "untyped_storage"}
+_LOOKS = {
+    "__get__", "__len__", "detach", "dim", "is_contiguous", "is_floating_point", "numel", "register_hook",
+    "requires_grad_", "size", "stride", "untyped_storage",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
