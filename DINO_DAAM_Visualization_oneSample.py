@@ -180,32 +180,28 @@ def find_bank(model: str) -> Path:
 def explain(
     images: Tensor, loaded: LoadedModel, bank: MemoryBank, targets: list[int] | int, options: argparse.Namespace
 ) -> tuple[AttentionFlow, Tensor, Vote, Vote]:
-    """The flow of a batch of photos, each of them K times; the classes `(B, K)`; the vote, and that of the neighbours
-    among which a named class is looked for. The N classes with the most votes may be fewer: then the first one fills
-    the row."""
+    """The flow of a batch of photos; the classes `(B, K)`; the vote, and that of the neighbours among which a named
+    class is looked for. The N classes with the most votes may be fewer: then the first one fills the row."""
     named = not isinstance(targets, int)
-    times = len(targets) if named else targets
     asked = min(max(options.k, options.target_k), len(bank.labels)) if named else options.k
     found = None
 
     def importance(features: Tensor) -> Tensor:
         nonlocal found
-        features = features[::times]
         similarities, rows = bank.nearest(features, asked)  # the bank is read once
         vote = bank.vote(similarities[:, : options.k], rows[:, : options.k], options.temperature)
         wide = bank.vote(similarities, rows, options.temperature)
         if named:
             classes = torch.tensor(targets).expand(len(features), -1)
         else:
-            votes, classes = vote.votes.topk(times)
+            votes, classes = vote.votes.topk(targets)
             classes = torch.where(votes > 0, classes, classes[:, :1])
         found = classes, vote, wide
-        return torch.stack([bank.importance_of(features, wide, c) for c in classes.unbind(1)], 1).flatten(0, 1)
+        return torch.stack([bank.importance_of(features, wide, c) for c in classes.unbind(1)], 1)  # (B, K, D)
 
     flow = attention_flow(
-        loaded.model, images.repeat_interleave(times, 0), importance=importance, norm=options.norm, rows=options.rows,
-        memory=options.memory,
-    )  # fmt: skip
+        loaded.model, images, importance=importance, norm=options.norm, rows=options.rows, memory=options.memory
+    )
     return flow, *found
 
 
@@ -225,9 +221,8 @@ def save(
     """Print the vote on the class of one photo of the batch and write its results to `folder`-<class>."""
     photo = read_image(file)
     chosen = list(dict.fromkeys(classes[index].tolist()))
-    mine = slice(start := index * classes.shape[1], start + len(chosen))
-    maps = [m[mine].unsqueeze(0) if len(chosen) > 1 else m[mine] for m in (flow.block_maps, flow.accumulated)]
-    flow = replace(flow, block_maps=maps[0], accumulated=maps[1], output=flow.output[mine])
+    mine = slice(len(chosen)) if len(chosen) > 1 else 0
+    flow = replace(flow, block_maps=flow.block_maps[:, mine], accumulated=flow.accumulated[:, mine])
     votes, labels = vote.votes[index], vote.labels[index]
 
     def describe(k: int) -> dict:
@@ -256,7 +251,7 @@ def save(
     )  # fmt: skip
     pictures = {"neighbours.png": draw_neighbours(photo, headline, neighbours, chosen)}
     tqdm.write(f"{file}")
-    save_result(folder, 0, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told, pictures)
+    save_result(folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told, pictures)
 
 
 def describe_neighbours(bank: MemoryBank, vote: Vote, index: int) -> list[dict]:

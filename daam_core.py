@@ -94,8 +94,8 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class AttentionFlow:
-    """What `attention_flow` returns; all tensors are on the model's device and carry no graph. Where K classes of every
-    image were explained, the maps are `(B, K, L, h, w)`."""
+    """What `attention_flow` returns; all tensors are on the model's device and carry no graph. Where K classes, or K
+    importances, of every image were explained, the maps are `(B, K, L, h, w)`."""
 
     block_maps: Tensor
     """`(B, L, h, w)` float32: L_b of every block, never negative, as computed (also with `norm=True`)."""
@@ -135,8 +135,9 @@ def attention_flow(
         target: the class to explain: None for each image's predicted class, one index for all, or one per image; or
             `(B, K)`, K classes of every image: one forward and K backwards. A callable makes one of these of the
             scores `(B, num_classes)`.
-        importance: explains the feature (`features(model, images)`, `(B, D)`) instead of a class score: a `(D,)` or
-            `(B, D)` tensor, or a callable that makes one of the features. Models without a classifier need it.
+        importance: explains the feature (`features(model, images)`, `(B, D)`) instead of a class score: a `(D,)`,
+            `(B, D)` or, for K maps of every image, `(B, K, D)` tensor, or a callable that makes one of the features.
+            Models without a classifier need it.
         norm: min-max normalise every L_b, image by image, before it is added to the flow.
         rows: "class" is the method of the paper: the row of the class token. "patches" is another one, for models whose
             score reads the mean of the patch tokens: L_b[j] = ReLU(sum_c V[j]_c (A^T w(C))[j]_c) with all rows of the
@@ -186,19 +187,22 @@ def attention_flow(
             _check_places(model, images[:1], plan.unproven)
         if importance is None:
             target = _class_indices(target, output.detach())
-            seeds = F.one_hot(target.view(len(target), -1), output.shape[1]).to(output).unbind(1)
+            seeds = F.one_hot(target, output.shape[1]).to(output)
         else:
-            seeds = [_importance_weights(importance, output.detach())]
+            seeds = _importance_weights(importance, output.detach())
+        several = seeds.ndim == 3  # (B, K, D)
+        seeds = seeds.unbind(1) if several else [seeds]
+        scale = 128 if output.dtype == torch.float16 else 1  # small gradients do not underflow
         for k, seed in enumerate(seeds, 1):
             for call in watch.calls:
-                call.again, call.is_last = k < len(seeds), call is watch.calls[-1]
-            torch.autograd.grad(output, watch.leaves, seed, retain_graph=k < len(seeds), allow_unused=True)
+                call.again, call.is_last, call.scale = k < len(seeds), call is watch.calls[-1], scale
+            torch.autograd.grad(output, watch.leaves, scale * seed, retain_graph=k < len(seeds), allow_unused=True)
             _check_backward(model, rows == "patches", watch.calls, k)
 
     size = max((site.grid for frame in plan.frames for site in frame), key=math.prod)
     maps = {id(call.site): torch.stack([_on_grid(m, call.site, size) for m in call.maps], 1) for call in watch.calls}
     block_maps = torch.stack([sum(maps[id(site)] for site in frame) for frame in plan.frames], dim=2)  # (B, K, L, h, w)
-    block_maps = block_maps if target is not None and target.ndim == 2 else block_maps.squeeze(1)
+    block_maps = block_maps if several else block_maps.squeeze(1)
     summands = _min_max(block_maps) if norm else block_maps
     prefix = plan.frames[0][0].prefix
     return AttentionFlow(block_maps, summands.cumsum(-3), output.detach(), target, rows, plan.decomposed, prefix)
@@ -455,13 +459,14 @@ class _AttentionWatch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__":  # x.shape and the like: half of all calls
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _ATTRIBUTES:
             return func(*args, **kwargs)
         args = [_without_weights(a) for a in args]
         kwargs = {name: _without_weights(a) for name, a in kwargs.items()}
         if self.after_last is not None:
             return self.for_first_rows(func, args, kwargs)
-        if self.after_first is not None and not _by_row(func, args, kwargs):
+        kind = _by_row(func, args, kwargs) if self.after_first is not None else ""
+        if not kind:
             self.after_first = None
         if func is F.multi_head_attention_forward:
             with self:
@@ -479,6 +484,8 @@ class _AttentionWatch(TorchFunctionMode):
         if self.after_first is not None and func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
             return self.with_graph_of_first_rows(*args, **kwargs)
         output = func(*args, **kwargs)
+        if kind == "rearranges" and output.ndim < 3:
+            self.after_first = None
         if func is F.conv2d and output.ndim == 4:
             channels = (args[0] if args else kwargs["input"]).shape[1]
             if self.calls:
@@ -593,6 +600,7 @@ class _Attention:
     `receive` is the hook of T. Every gradient adds to `maps` one `(B, N)` float32, L_b over all keys, and sets
     `remainder`, the largest |sum_j S_b[j] - T_b| relative to the largest |T_b|, and `read_queries` `(M,)` bool, those
     that the score reads. With the last one, before which `again` is set to False, the call lets go of its tensors.
+    Gradients come multiplied by `scale`.
     """
 
     def __init__(
@@ -605,7 +613,7 @@ class _Attention:
         self.dtype = output.dtype
         self.matrix = None if block else matrix  # of a block that is computed again, what its second pass finds
         self.maps: list[Tensor] = []
-        self.again, self.is_last = False, True
+        self.again, self.is_last, self.scale = False, True, 1
         self.remainder = self.read_queries = None
 
     def receive(self, gradient: Tensor) -> None:
@@ -619,9 +627,11 @@ class _Attention:
             if self.is_last:
                 self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
-                tokens = (value * self.matrix.pull(self.w(gradient.float()))).sum((1, 3))  # V[j] (A^T w(C))[j]
+                tokens = (value * self.matrix.pull(self.w(gradient.float() / self.scale))).sum(
+                    (1, 3)
+                )  # V[j] (A^T w(C))[j]
             else:
-                weights = self.w(gradient[..., self.queries, :].float())  # w(C_b) (B, H, Q, d)
+                weights = self.w(gradient[..., self.queries, :].float() / self.scale)  # w(C_b) (B, H, Q, d)
                 tokens = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2))
             self.maps.append(tokens.relu())
         if not self.again or self.block:
@@ -702,7 +712,10 @@ def _by_row(func: Callable, args: list, kwargs: dict) -> str:
     if name in ("layer_norm", "rms_norm"):
         by_row = len(args) > 1 and len(args[1]) == 1
     elif name in ("cat", "chunk", "split"):
-        by_row = kwargs.get("dim", args[-1]) == -1
+        dim = kwargs.get("dim", args[-1] if len(args) > 1 else None)
+        by_row = isinstance(dim, int) and dim == -1
+    elif name == "mean":
+        by_row = kwargs.get("dim") in (-1, (-1,), [-1]) and kwargs.get("keepdim", False)
     else:
         by_row = name == "linear" or 2 not in ranks
     return "computes" if by_row and name in _COMPUTES else ""
@@ -718,12 +731,13 @@ def _first_rows(rows: int, tokens: int, argument: object) -> object:
 
 # By name: functions that treat every token by itself, that rearrange the heads of all, and that change nothing.
 _COMPUTES = {
-    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mul", "relu", "rms_norm",
-    "sigmoid", "silu", "split", "sub", "tanh", "to",
+    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mean", "mul", "pow",
+    "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "split", "sub", "tanh", "to",
 }  # fmt: skip
 _REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
+_ATTRIBUTES = {"device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape"}
 _LOOKS = {
-    "__get__", "__len__", "detach", "dim", "is_contiguous", "is_floating_point", "numel", "register_hook",
+    "__len__", "detach", "dim", "is_contiguous", "is_floating_point", "numel", "register_hook",
     "requires_grad_", "size", "stride", "untyped_storage",
 }  # fmt: skip
 
@@ -785,7 +799,7 @@ class _Block:
         self.attention = _AttentionOutputs()
         self.count = 0
         self.saved: dict[int, Tensor] = {}
-        device = next((a.device.type for a in self.args if isinstance(a, Tensor)), "cpu")
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
         self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     @contextmanager
@@ -1287,6 +1301,8 @@ def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention
             f"model: the score of {name} reads the patch tokens {besides}; use a model whose head reads the class "
             f"token alone (timm: global_pool='token'){_or_all_rows(model)}"
         )
+    if not torch.isfinite(torch.stack([call.maps[-1].sum() for call in calls])).all():
+        raise ValueError(f"images: a gradient is not finite; look for an overflow of {calls[0].dtype}")
     remainders = torch.stack([call.remainder for call in calls])
     exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
     allowed = max(2e-3 if exact else 1e-2, 30 * torch.finfo(calls[0].dtype).eps)
@@ -1325,17 +1341,19 @@ def _class_indices(target: int | Sequence[int] | Tensor | Callable[[Tensor], Ten
 
 
 def _importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """`(B, D)` in the dtype and on the device of the features."""
+    """`(B, D)` or `(B, K, D)` in the dtype and on the device of the features."""
     b, d = features.shape
     with torch.no_grad():
         weights = importance(features) if callable(importance) else importance
-    if not isinstance(weights, Tensor) or weights.shape not in ((d,), (b, d)):
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"importance: expected a tensor ({d},) or ({b}, {d}), the width of the features, got {got}")
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+    if shape not in ((d,), (b, d)) and not (len(shape) == 3 and shape[::2] == (b, d) and shape[1] > 0):
+        raise ValueError(
+            f"importance: expected a tensor ({d},), ({b}, {d}) or ({b}, K, {d}), the width of the features, got {shape}"
+        )
     weights = weights.detach().to(features)
     if not torch.isfinite(weights).all():
         raise ValueError("importance: has NaN or infinite values")
-    return weights.expand_as(features)
+    return weights.expand_as(features) if weights.ndim == 1 else weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def parts(arguments: list[str]) -> dict[str, float]:
     script = sys.modules[SCRIPT]
     for name, part in FUNCTIONS.items():
         setattr(script, name, timed(part, getattr(script, name)))
-    timed("main", script.main)(arguments)
+    if timed("main", script.main)(arguments):
+        sys.exit(2)
     seconds["options and the like"] = seconds.pop("main") - sum(seconds[part] for part in FUNCTIONS.values())
     return seconds
 

@@ -26,7 +26,7 @@ from models.images import find_images, read_image
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
 LARGE = 4_000_000  # pixels above which twelve frames take a while
 MOST_CLASSES = 10  # of one photo
-OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"  # CUDA and MPS, CPU, CPU on Windows
+OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"  # CUDA and MPS, cuBLAS, CPU, Windows
 LONGEST = 80  # characters of the classes in the name of a folder
 
 
@@ -91,13 +91,15 @@ def flow_options(
     add("--device", default=device, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        type=one_of("float32", "bfloat16", "float16"),
+        metavar="{float32,bfloat16,float16}",
         default=dtype,
         help="the model computes in it; its weights stay float32 (default: %(default)s)",
     )
     add(
         "--memory",
-        choices=["auto", "fast", "low"],
+        type=one_of("auto", "fast", "low"),
+        metavar="{auto,fast,low}",
         default=memory,
         help="fast keeps what the gradient needs, low computes it again, auto decides (default: %(default)s)",
     )
@@ -111,7 +113,8 @@ def flow_options(
     )
     add(
         "--rows",
-        choices=["class", "patches"],
+        type=one_of("class", "patches"),
+        metavar="{class,patches}",
         default=rows,
         help="which queries are decomposed: the class token, or all tokens, for models that average the patches "
         "(default: %(default)s)",
@@ -138,6 +141,17 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected {low:g} to {high:g} {unit}".rstrip() + f", got {text}")
         return value
+
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """For `add_argument(type=...)`: `choices` that also hold for the constant of a script."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"expected {', '.join(words[:-1])} or {words[-1]}, got {text!r}")
+        return text
 
     return parse
 

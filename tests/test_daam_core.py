@@ -198,6 +198,15 @@ def test_several_classes_of_all_rows(model, images):
         assert torch.equal(flow.block_maps[:, k], one.block_maps)
 
 
+def test_several_importances_of_every_image(model, images):
+    weights = random_images(2, 3, WIDTH)
+    flow = attention_flow(model, images, importance=lambda features: weights)
+    assert flow.block_maps.shape == (2, 3, BLOCKS, 4, 4) and flow.target is None
+    for k in range(3):
+        one = attention_flow(model, images, importance=weights[:, k])
+        assert torch.equal(flow.accumulated[:, k], one.accumulated)
+
+
 @pytest.mark.parametrize("num_classes", [0, 5], ids=["headless", "with head"])
 @pytest.mark.parametrize("form", ["(D,)", "(B, D)", "callable"])
 def test_importance(num_classes, form, images):
@@ -707,9 +716,10 @@ def test_refused_targets(model, images, target, match):
 @pytest.mark.parametrize(
     "importance, match",
     [
-        (torch.ones(WIDTH + 1), r"^importance: expected .*\(24,\) or \(2, 24\).* got \(25,\)"),
+        (torch.ones(WIDTH + 1), r"^importance: expected .*\(24,\), \(2, 24\) or \(2, K, 24\).* got \(25,\)"),
         (torch.ones(3, WIDTH), r"^importance: expected .* got \(3, 24\)"),
         (torch.ones(1, 2, WIDTH), "^importance: expected"),
+        (torch.ones(2, 0, WIDTH), "^importance: expected"),
         (torch.tensor(1.0), "^importance: expected"),
         ("all", "^importance: expected .* got str"),
         ([1.0] * WIDTH, "^importance: expected .* got list"),
