@@ -144,7 +144,7 @@ def attention_flow(
             attention matrix A and of C = dY/dT; with w = identity it is ReLU(sum_c V * dY/dV).
         memory: what the backward finds of every block: "fast", all that it needs; "low", the block's input and what its
             fused attention gave, from which the rest is computed again, bit for bit the same. "auto" is "low" for
-            blocks of which a whole model would keep more than 256 MiB an image (ViT-S: from 1,400 tokens on). A model
+            blocks of which a whole model would keep more than 256 MiB an image (ViT-S: from 1,600 tokens on). A model
             of no known family always runs "fast".
 
     Returns:
