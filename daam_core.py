@@ -627,9 +627,8 @@ class _Attention:
             if self.is_last:
                 self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
-                tokens = (value * self.matrix.pull(self.w(gradient.float() / self.scale))).sum(
-                    (1, 3)
-                )  # V[j] (A^T w(C))[j]
+                pulled = self.matrix.pull(self.w(gradient.float() / self.scale))  # (A^T w(C))[j]
+                tokens = (value * pulled).sum((1, 3))
             else:
                 weights = self.w(gradient[..., self.queries, :].float() / self.scale)  # w(C_b) (B, H, Q, d)
                 tokens = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2))

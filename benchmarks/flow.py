@@ -3,7 +3,7 @@
     pip install -e ".[bench]"
     python benchmarks/flow.py                                              every case that takes minutes, not hours
     python benchmarks/flow.py --cases deit_small_patch16_224:224:32 --device cuda --dtype bfloat16
-    python benchmarks/flow.py --cases all --write                          the table and the plot of the README
+    python benchmarks/flow.py --write                                      the table and the plot of the README
     python benchmarks/flow.py --read benchmarks/flow.json --write          the same from its numbers
 
 A case is MODEL:PIXELS:BATCH, a plain Vision Transformer of timm with random weights. Every method has a process of its
