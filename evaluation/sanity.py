@@ -1,0 +1,74 @@
+"""What a map should depend on, and what it should not; all by rank correlations of maps, -1..1.
+
+Model randomisation: Adebayo et al. 2018, "Sanity checks for saliency maps", https://arxiv.org/abs/1810.03292, Sec. 4:
+with random weights in place of what was learned, block by block from the top down, a map should change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from evaluation.methods import METHODS, Explained
+
+
+def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
+    """Of one photo and every method, the rank correlation of its map with
+
+    flip: the map of the mirrored photo, mirrored back; near 1 if the map goes with the picture.
+    class: the map of the most probable other class; low if the map is of a class. None where there is none.
+    randomised: the maps after every stage of `randomised_models`; low if the map depends on what was learned.
+    """
+    maps = {name: METHODS[name](explained)[0] for name in methods}
+    flipped = replace(explained, images=explained.images.flip(-1))
+    shares = explained.decision.shares(explained.images)
+    second = shares.scatter(1, explained.classes[:, None], -1).argmax(1)
+    try:
+        other = replace(explained, classes=second, seeds=None) if shares.shape[1] > 1 else None
+    except ValueError:  # none of the neighbours is of another class
+        other = None
+    found = {
+        name: {
+            "flip": rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
+            "class": other and rank_correlation(maps[name], METHODS[name](other)[0]),
+            "randomised": [],
+        }
+        for name in methods
+    }
+    for _, model in randomised_models(explained.model, explained.seed):
+        decision = replace(explained.decision, loaded=replace(explained.decision.loaded, model=model))
+        worse = replace(explained, decision=decision)
+        for name in methods:
+            found[name]["randomised"].append(rank_correlation(maps[name], METHODS[name](worse)[0]))
+    return found
+
+
+def stages(model: nn.Module) -> list[str]:
+    """The parts of timm's models that are randomised, in this order: "head", "block 12", ..., "block 1"."""
+    return ["head", *(f"block {b}" for b in range(len(model.blocks), 0, -1))]
+
+
+def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """A copy of a model whose weights become random, stage after stage, the last norm with the head. Every weight gets
+    a normal distribution of the mean and deviation that it had, so that nothing but what was learned is lost."""
+    model = copy.deepcopy(model)
+    top = [getattr(model, name) for name in ("norm", "fc_norm", "head") if hasattr(model, name)]
+    generator = torch.Generator().manual_seed(seed)
+    for stage, modules in zip(stages(model), [top, *([block] for block in reversed(model.blocks))]):
+        with torch.no_grad():
+            for parameter in (p for module in modules for p in module.parameters()):
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.copy_(parameter.mean() + noise * parameter.std(unbiased=False))
+        yield stage, model
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's, of two maps `(h, w)`; 0 where one of them is flat."""
+    a, b = (m.flatten().cpu().numpy() for m in (first, second))
+    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
