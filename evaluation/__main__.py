@@ -16,7 +16,7 @@ from tqdm import tqdm
 from daam_core import UnsupportedModel, overlay, render, whole_file
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
-from evaluation.methods import METHODS, Explained
+from evaluation.methods import CANDIDATES, METHODS, Explained
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
 from evaluation.report import read_lines, write_report
 from evaluation.sanity import check, stages
@@ -50,7 +50,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--annotations", type=Path, metavar="FOLDER",
         help="boxes (XML of VOC or ImageNet) or masks (PNG) by the names of the photos; may be the same folder")  # fmt: skip
     add("--limit", type=number(int, 1, 10**9), metavar="N", help="so many of the photos, at random (default: all)")
-    add("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or some of: {', '.join(METHODS)}")
+    add("--methods", nargs="+", default=["all"], metavar="METHOD", 
+        help=f"all; candidates, variants of ours that were tried, too; or some of: {', '.join(METHODS)}")  # fmt: skip
     add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES), help="of deletion and insertion")
     add("--steps", type=number(int, 2, 1000), default=10, metavar="N", help=f"of deletion and insertion {shown}")
     add("--blocks", type=count, metavar="N", help="photos whose map after every block is scored, too (default: all)")
@@ -72,11 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    methods = find_methods(options.methods)
     photos = find_photos(options.images, options.list)
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
     decision = find_decision(options)
+    methods = find_methods(options.methods, decision)
     model = decision.loaded.model.requires_grad_(False)
     settings = {
         "model": decision.loaded.name,
@@ -118,10 +119,9 @@ def evaluate(options: argparse.Namespace) -> None:
                     append(options.out / file, {"photo": name} | found)
                 bar.update()
 
-    def picture(name: str, method: str) -> Image.Image:
-        explained = explain(name)
-        heat = METHODS[method](explained).float().clamp(min=0).cpu()
-        return overlay(read_image(options.images / name), render(heat))[0]
+    def picture(record: dict, method: str) -> Image.Image:
+        heat = METHODS[method](explain(record["photo"])).float().clamp(min=0).cpu()
+        return overlay(read_image(options.images / record["photo"]), render(heat))[0]
 
     print(write_report(options.out, picture))
     print(f"tables and pictures: {options.out}")
@@ -139,8 +139,7 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
         raise FloatingPointError(f"a map of {name} is not finite")
     region = None
     if options.annotations is not None:
-        size = read_image(options.images / name).size
-        region = region_of(options.annotations, options.images, name, size)
+        region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
     curves = removal_curves(decision, image, target, every, options.steps, options.baselines, options.seed + i)
     masked = masked_photo(decision, image, target, every, probability)
     rows = []
@@ -162,13 +161,14 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     }
 
 
-def find_methods(words: list[str]) -> list[str]:
+def find_methods(words: list[str], decision: Decision) -> list[str]:
     """The methods that --methods names; ours is always there, for the others are compared with it."""
-    if words == ["all"]:
-        return list(METHODS)
-    unknown = [word for word in words if word not in METHODS]
+    unknown = [word for word in words if word not in (*METHODS, "all", "candidates")]
     if unknown:
-        raise ValueError(f"methods: {unknown[0]!r} is none of them: all, {', '.join(METHODS)}")
+        raise ValueError(f"methods: {unknown[0]!r} is none of them: all, candidates, {', '.join(METHODS)}")
+    as_ours = "daam-relu" if decision.bank is None else "daam-signed"
+    all_of_them = [method for method in METHODS if method not in (*CANDIDATES, as_ours)]
+    words = [w for word in words for w in {"all": all_of_them, "candidates": CANDIDATES}.get(word, [word])]
     return list(dict.fromkeys(["daam", *words]))
 
 
@@ -180,11 +180,13 @@ def find_photos(folder: Path, listed: Path | None) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"images: there is no folder {folder}")
+    if listed is not None and not listed.is_file():
+        raise ValueError(f"list: there is no file {listed}")
     if listed is None:
         found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if looks_like_image(name)]
         names = sorted(file.relative_to(folder).as_posix() for file in found)
     else:
-        names = sorted({line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()})
+        names = sorted({line.strip() for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")

@@ -376,3 +376,7 @@ METHODS: dict[str, Callable[[Explained], Tensor]] = {
     "random": random,
     "centre": centre,
 }
+"""By name; what --methods takes."""
+
+CANDIDATES = ["daam-net", "daam-share", "daam-projection", "daam-residual"]
+"""Variants that were tried, see the README; not in "all"."""
