@@ -298,9 +298,9 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
     """The Markdown of all methods: the tables, and below them what they say."""
     ours = run["methods"][0]
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
-    of = f"{done} of {run['photos']}" if done < run["photos"] else f"{done}"
+    of = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
     notes = [
-        f"{of} photos of `{run['images']}`, model `{run['model']}`. Mean [95 % interval, by bootstrap over the "
+        f"{of} of `{run['images']}`, model `{run['model']}`. Mean [95 % interval, by bootstrap over the "
         "photos]; bold: the best of a column. ↓ lower is better, ↑ higher is.",
         f"▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in a sign-flip permutation test, paired by photo, with "
         "Holm's correction over the methods of a column.",
@@ -566,7 +566,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
         if figure is not None:
             with whole_file(directory / name) as part:
                 figure.savefig(part, format="png")
-    if picture is not None:
+    if picture is not None and any(best_first(photos, method) for method in methods):
         sheet(photos, methods, picture, directory / "sheet.png")
     return texts["table.md"]
 
