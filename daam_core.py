@@ -1405,8 +1405,8 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
 
     Raises:
         UnsupportedModel: a `ValueError`, when there is no such reading: the model is of no known family, its blocks
-            differ in width or run in branches (PiT, MViTv2, CrossViT), it has an attention pool, it takes a padded
-            batch with `rows="patches"`, or the last reading is not its output.
+            differ in width or run in branches (PiT, MViTv2, CrossViT) or more than once, it has an attention pool, it
+            takes a padded batch with `rows="patches"`, or the last reading is not its output.
         ValueError: as `attention_flow`; when `head` is True for a model without classifier.
     """
     model = _unwrapped(model)
@@ -1449,10 +1449,12 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     _check_finite(output)
     last = readings[-len(kept[-1]) :][:1]
     missed = (last - output).abs().max().item() if last.shape == output.shape else math.inf
-    if len(kept) != len(blocks) or not missed <= _tolerance(output.dtype) * output.abs().max().item():
+    if len(kept) != len(blocks):
+        raise UnsupportedModel(f"model: {name} does not run every block once, as a reading after each of them needs")
+    if not missed <= _tolerance(output.dtype) * output.abs().max().item():
         raise UnsupportedModel(
-            f"model: {name} does more with its blocks than to hand on what they give and read the last one: that "
-            f"reading misses its output by {missed:.2g}"
+            f"model: {name} reads more than the tokens that its last block gives, each by itself: the last reading "
+            f"misses its output by {missed:.2g}"
         )
     _check_finite(readings)
     return readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)
@@ -1648,14 +1650,12 @@ def evolution_picture(
     scale = min((column - 6) / frames[0][0].width, 160 / frames[0][0].height)
     w, h = (max(1, round(scale * side)) for side in frames[0][0].size)
     maps = 120  # y, from above, of what is drawn: the maps, the curves from 100 % to 0, the bars, the note
-    top = maps + several * (h + 6) + 46
+    top = maps + max(30, several * (h + 6)) + 46
     bottom, floor, below = top + 270, top + 270 + 180, top + 270 + 180 + 24
     notes = textwrap.wrap(note, int(width / 7.5))
 
     page = Image.new("RGB", (_FINE * width, _FINE * (below + 24 * len(notes) + 16)), "white")
-    pen = ImageDraw.Draw(page)
-
-    font_of = cache(ImageFont.load_default)
+    pen, font_of = ImageDraw.Draw(page), cache(ImageFont.load_default)
 
     def text(x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", most: int = 0):
         font = font_of(_FINE * size)
