@@ -1285,17 +1285,17 @@ def _check_forward(
                 f"model: {name} attends in {batch} images from {queries} to {keys} tokens in its "
                 f"{type(call.site.module).__name__}; expected were {size} images, {call.site.prefix} + {cells} tokens"
             )
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
+    _check_output(output)
     if not output.requires_grad:
         raise UnsupportedModel(
             f"model: the output of {name} does not depend on its attention; is its forward under torch.no_grad()?"
         )
-    _check_finite(output)
 
 
-def _check_finite(output: Tensor) -> None:
+def _check_output(output: Tensor) -> None:
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
     if not torch.isfinite(output).all():
         raise ValueError(
             f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
@@ -1386,11 +1386,10 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     The output of every block goes through the model's own last norm and head: the logit lens (nostalgebraist 2020,
     "interpreting GPT: the logit lens"; for Vision Transformers Vilas et al., NeurIPS 2023, "Analyzing Vision
     Transformers for Image Classification in Class Embedding Space", https://arxiv.org/abs/2310.18969). It is a reading:
-    no block but the last was trained to be read so, and that a class cannot be read early does not say that what leads
-    to it is not there yet.
+    no block but the last was trained to be read so, and what leads to a class may be there before it can be read.
 
-    One forward: the last block hands on the outputs of all blocks as a batch of L * B; and one of the first image, to
-    check that its last reading is the model's output.
+    One forward, in which the last block hands on the outputs of all blocks as a batch of L * B images; and one of the
+    first image, to check that its last reading is the model's output.
 
     Args:
         model: as for `attention_flow`, of a family in `_FAMILIES`; it is given back as it was.
@@ -1424,7 +1423,6 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     if head and num_classes(model) == 0:
         raise ValueError("head: the model has no classifier; give head=False for its features")
     images, forward = _to(images, _parameter(model)), _scores if head else features
-    first = {key: x[:1] for key, x in images.items()} if isinstance(images, dict) else images[:1]
     prefix = None if rows == "patches" or family is _volo else plan.frames[0][0].prefix  # VOLO's score adds the patches
     place = 1 if family is _tnt else 0  # of the tokens, where a block gives several tensors; TNT's first are its pixels
     kept: list[Tensor] = []
@@ -1445,19 +1443,26 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     with torch.no_grad(), _eval_mode(model):
         with _hooks(hooks):
             readings = forward(model, images)
-        output = forward(model, first)
-    _check_finite(output)
-    last = readings[-len(kept[-1]) :][:1]
-    missed = (last - output).abs().max().item() if last.shape == output.shape else math.inf
+        output = forward(model, _first_of(images))
+    _check_output(output)
     if len(kept) != len(blocks):
         raise UnsupportedModel(f"model: {name} does not run every block once, as a reading after each of them needs")
+    readings = readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)
+    missed = (readings[:1, -1] - output).abs().max().item()
     if not missed <= _tolerance(output.dtype) * output.abs().max().item():
         raise UnsupportedModel(
             f"model: {name} reads more than the tokens that its last block gives, each by itself: the last reading "
             f"misses its output by {missed:.2g}"
         )
-    _check_finite(readings)
-    return readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)
+    _check_output(readings.flatten(0, 1))
+    return readings
+
+
+def _first_of(images: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """A batch of the first image."""
+    if isinstance(images, dict):
+        return {name: x[:1] if isinstance(x, Tensor) else x for name, x in images.items()}
+    return images[:1]
 
 
 def _block_of(model: nn.Module, frame: Sequence[_Site]) -> nn.Module | None:

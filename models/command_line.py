@@ -261,7 +261,7 @@ def evolution(
         quantity: "probability" or "vote".
 
     Returns:
-        `reading`, in words; `runner_up`, the class with the largest value at the end that is not explained;
+        `reading`, in words; `runner_up`, the class with the largest value at the end that is not explained, if any;
         `leads_from`, the block (1 is the first) from which one of the explained classes leads all others until the end,
         or None; and for each of the `blocks` the `share` of the accumulated map that it adds, and the value, both by
         class index as a text, and the `leader` of all classes. None without values.
@@ -270,8 +270,8 @@ def evolution(
         return None
     values = values.cpu()
     final, leaders = values[-1].clone(), values.argmax(1).tolist()
-    final[explained] = -1
-    runner_up = None if len(explained) == len(final) else final.argmax().item()
+    final[explained] = 0
+    runner_up = final.argmax().item() if final.any() else None
     total = accumulated.cpu().double().reshape(len(explained), len(values), -1).sum(2)  # (K, L)
     shares = total.diff(dim=1, prepend=total.new_zeros(len(total), 1)) / total[:, -1:].clamp(min=1e-300)
     compared = explained if runner_up is None else [*explained, runner_up]

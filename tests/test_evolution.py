@@ -133,6 +133,19 @@ def test_models_that_are_not_decomposed_are_not_read(row):
     assert row in REFUSED
 
 
+def test_a_head_that_also_reads_the_patches(images):
+    model = row_of("class token beside the mean of the patches").make()
+    with pytest.raises(UnsupportedModel, match="^model: Dinov2ForImageClassification reads more than the tokens"):
+        logit_lens(model, images)
+    assert logit_lens(model, images, "patches").shape == (2, 3, 5)
+
+
+def test_a_model_that_does_not_pool(images):
+    model = tiny_vit(global_pool="", num_classes=0)
+    with pytest.raises(UnsupportedModel, match=r"^model: expected class scores .* got an output \(1, 17, 24\)$"):
+        logit_lens(model, images, "patches", head=False)
+
+
 def test_a_model_of_no_known_family(images):
     class Own(nn.Module):
         def __init__(self):
