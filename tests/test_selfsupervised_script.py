@@ -236,8 +236,8 @@ def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
     assert [(c["name"], c["neighbours"]) for c in flow["targets"]] == [("noise", 0), ("coffee", 8)]
     assert {n["name"] for n in flow["neighbours"]} == {"noise", "coffee"}
     last = flow["evolution"]["blocks"][-1]
-    assert last["vote"] == {"1": 0, "0": pytest.approx(1)} and flow["evolution"]["runner_up"] is None  # no votes for it
-    assert list(last["share"]) == ["1", "0"] and flow["evolution"]["leads_from"] is not None
+    assert last["vote"] == {"2": 0, "0": pytest.approx(1)} and flow["evolution"]["runner_up"] is None  # no votes for it
+    assert list(last["share"]) == ["2", "0"] and flow["evolution"]["leads_from"] is not None
 
     result = run(*options, "--k", 8, "--target", "top3", "--output-dir", tmp_path / "few", env=offline)
     assert result.returncode == 0, result.stderr
