@@ -205,7 +205,7 @@ def explain(
     flow = attention_flow(
         loaded.model, images, importance=importance, norm=options.norm, rows=options.rows, memory=options.memory
     )
-    lens = readings(loaded.model, images, options, head=False)
+    lens = readings(loaded.model, images, flow, head=False)
     if lens is not None:
         votes = bank.classify(lens.flatten(0, 1), options.k, options.temperature).votes
         lens = votes.unflatten(0, lens.shape[:2])

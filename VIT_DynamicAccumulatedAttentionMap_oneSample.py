@@ -121,7 +121,7 @@ def explain(
 
     rows, memory = options.rows, options.memory
     flow = attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory)
-    return flow, readings(loaded.model, images, options, head=True)
+    return flow, readings(loaded.model, images, flow, head=True)
 
 
 def save(

@@ -1380,7 +1380,13 @@ def _importance_weights(importance: Tensor | Callable[[Tensor], Tensor], feature
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str = "class", head: bool = True) -> Tensor:
+def logit_lens(
+    model: nn.Module,
+    images: Tensor | dict[str, Tensor],
+    rows: str = "class",
+    head: bool = True,
+    output: Tensor | None = None,
+) -> Tensor:
     """What the model would say after every block of the flow, if that block were its last one.
 
     The output of every block goes through the model's own last norm and head: the logit lens (nostalgebraist 2020,
@@ -1388,8 +1394,8 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     Transformers for Image Classification in Class Embedding Space", https://arxiv.org/abs/2310.18969). It is a reading:
     no block but the last was trained to be read so, and what leads to a class may be there before it can be read.
 
-    One forward, in which the last block hands on the outputs of all blocks as a batch of L * B images; and one of the
-    first image, to check that its last reading is the model's output.
+    One forward, in which the last block hands on the outputs of all blocks as a batch of L * B images. The last reading
+    is held against the model's output.
 
     Args:
         model: as for `attention_flow`, of a family in `_FAMILIES`; it is given back as it was.
@@ -1397,6 +1403,8 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
         rows: "class": only the class token is handed on (and what other tokens come before the patches); "patches":
             all tokens, for models whose head reads the mean of the patches.
         head: False stops before the head.
+        output: the scores, or the features, of these images where they are known (`AttentionFlow.output`); else the
+            model runs once more, for the first image.
 
     Returns:
         `(B, L, num_classes)` scores, or without the head `(B, L, D)` features as `features(model, images)` gives them;
@@ -1406,7 +1414,8 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
         UnsupportedModel: a `ValueError`, when there is no such reading: the model is of no known family, its blocks
             differ in width or run in branches (PiT, MViTv2, CrossViT) or more than once, it has an attention pool, it
             takes a padded batch with `rows="patches"`, or the last reading is not its output.
-        ValueError: as `attention_flow`; when `head` is True for a model without classifier.
+        ValueError: as `attention_flow`; when `head` is True for a model without classifier, or `output` has another
+            shape.
     """
     model = _unwrapped(model)
     name, family, plan = type(model).__name__, _family(model), _plan(model, images, rows)
@@ -1443,12 +1452,15 @@ def logit_lens(model: nn.Module, images: Tensor | dict[str, Tensor], rows: str =
     with torch.no_grad(), _eval_mode(model):
         with _hooks(hooks):
             readings = forward(model, images)
-        output = forward(model, _first_of(images))
+        output = forward(model, _first_of(images)) if output is None else output
     _check_output(output)
     if len(kept) != len(blocks):
         raise UnsupportedModel(f"model: {name} does not run every block once, as a reading after each of them needs")
     readings = readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)
-    missed = (readings[:1, -1] - output).abs().max().item()
+    last = readings[: len(output), -1]
+    if output.shape != last.shape:
+        raise ValueError(f"output: expected {tuple(readings[:, -1].shape)}, got {tuple(output.shape)}")
+    missed = (last - output).abs().max().item()
     if not missed <= _tolerance(output.dtype) * output.abs().max().item():
         raise UnsupportedModel(
             f"model: {name} reads more than the tokens that its last block gives, each by itself: the last reading "

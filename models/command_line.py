@@ -239,10 +239,10 @@ QUANTITIES = {"probability": ("probability", "head"), "vote": ("share of the vot
 """By the key in flow.json: in words, and what follows the norm."""
 
 
-def readings(model: nn.Module, images: Tensor, options: argparse.Namespace, head: bool) -> Tensor | None:
-    """`logit_lens`; None, and a line that says why, where the model has none."""
+def readings(model: nn.Module, images: Tensor, flow: AttentionFlow, head: bool) -> Tensor | None:
+    """`logit_lens` of the images of a flow; None, and a line that says why, where the model has none."""
     try:
-        return logit_lens(model, images, options.rows, head)
+        return logit_lens(model, images, flow.rows, head, flow.output)
     except UnsupportedModel as error:
         tqdm.write(f"  no evolution.png: {str(error).removeprefix('model: ')}")
         return None

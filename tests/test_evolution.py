@@ -11,7 +11,7 @@ from tiny_models import random_images, tiny_timm, tiny_vit
 from torch import nn
 
 import daam_core
-from daam_core import UnsupportedModel, evolution_picture, features, logit_lens
+from daam_core import UnsupportedModel, attention_flow, evolution_picture, features, logit_lens
 from models import command_line
 from models.command_line import draw_evolution, evolution
 
@@ -246,11 +246,18 @@ def test_wrappers_and_other_dtypes(model, images):
     torch.testing.assert_close(logit_lens(model.double(), images), exact.double(), rtol=1e-4, atol=1e-5)
 
 
-def test_one_forward_of_all_images_and_one_of_the_first(model, images):
+def test_one_forward_of_all_images_and_one_of_the_first_where_the_output_is_not_known(model, images):
     sizes = []
     model.patch_embed.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    logit_lens(model, images)
+    plain = logit_lens(model, images)
     assert sizes == [2, 1]
+    output = attention_flow(model, images).output
+    sizes.clear()
+    assert torch.equal(logit_lens(model, images, output=output), plain) and sizes == [2]
+    with pytest.raises(UnsupportedModel, match=r"^model: VisionTransformer reads more .* misses its output by 1$"):
+        logit_lens(model, images, output=output + torch.tensor([[0.0], [1.0]]))
+    with pytest.raises(ValueError, match=r"^output: expected \(2, 5\), got \(2, 4\)$"):
+        logit_lens(model, images, output=output[:, 1:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,9 +309,10 @@ def test_evolution_from_the_first_block_on_and_of_empty_maps():
 
 
 def test_a_model_without_readings_is_a_line_and_no_error(images, capsys):
-    model = tiny_timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
-    options = command_line.argparse.Namespace(rows="class")
-    assert command_line.readings(model, images, options, head=True) is None
+    model = tiny_timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
+                      num_classes=5)  # fmt: skip
+    flow = attention_flow(model, images)
+    assert command_line.readings(model, images, flow, head=True) is None
     out, err = capsys.readouterr()
     assert out.startswith("  no evolution.png: VisionTransformer has an attention pool; ") and not err
     assert out.count("\n") == 1
