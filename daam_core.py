@@ -1897,11 +1897,9 @@ def save_flow(
     try:
         (part / "frames").mkdir(parents=True)
         save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
-        names = [f"block_{b:02d}.png" for b in range(1, blocks + 1)]
-        _in_threads(lambda frame, name: frame.save(part / "frames" / name, compress_level=1), frames, names)
-        sheet(image, frames, caption, columns).save(part / "sheet.png", compress_level=1)
-        for name, picture in (pictures or {}).items():
-            picture.save(part / name)
+        drawn = {f"frames/block_{b:02d}.png": frame for b, frame in enumerate(frames, 1)}
+        drawn |= {"sheet.png": sheet(image, frames, caption, columns)} | (pictures or {})
+        _in_threads(lambda name, picture: picture.save(part / name, compress_level=1), drawn, drawn.values())
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
         (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)
