@@ -170,7 +170,7 @@ def test_startup_counts_every_second_once(tmp_path):
     assert result.returncode == 0, result.stderr
     parts = json.loads(told.read_text())
     assert set(parts) == {
-        "import torch", "import timm", "import the rest", "load the model", "read the photo", "flow", "read every block",
-        "describe the evolution", "describe the run", "draw and write", "options and the like",
+        "import torch", "import timm", "import the rest", "load the model", "read the photo", "flow",
+        "read every block", "describe the evolution", "describe the run", "draw and write", "options and the like",
     }  # fmt: skip
     assert all(seconds > 0 for seconds in parts.values())
