@@ -7,8 +7,8 @@ Without a classifier there is no class score. The nearest neighbours of the phot
 vote on its class, and say how much every dimension of its feature speaks for that class; this importance is sent back.
 
 Edit the constants or give the options of the same names. For every photo the script prints the vote and writes
-OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, neighbours.png, maps.npz and flow.json;
-several classes side by side.
+OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, evolution.png, neighbours.png, maps.npz and
+flow.json; several classes side by side.
 Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
 """
 
@@ -28,6 +28,7 @@ from daam_core import AttentionFlow, attention_flow
 from memorybank import COLDEST, MemoryBank, Vote
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
 from models.command_line import (
+    evolution,
     explain_photos,
     file_name,
     find_device,
@@ -37,6 +38,7 @@ from models.command_line import (
     load_named,
     manifest,
     number,
+    readings,
     run,
     save_result,
 )
@@ -179,9 +181,10 @@ def find_bank(model: str) -> Path:
 
 def explain(
     images: Tensor, loaded: LoadedModel, bank: MemoryBank, targets: list[int] | int, options: argparse.Namespace
-) -> tuple[AttentionFlow, Tensor, Vote, Vote]:
-    """The flow of a batch of photos; the classes `(B, K)`; the vote, and that of the neighbours among which a named
-    class is looked for. The N classes with the most votes may be fewer: then the first one fills the row."""
+) -> tuple[AttentionFlow, Tensor | None, Tensor, Vote, Vote]:
+    """The flow of a batch of photos; the votes after every block `(B, L, num_classes)`, where they can be read; the
+    classes `(B, K)`; the vote, and that of the neighbours among which a named class is looked for. The N classes with
+    the most votes may be fewer: then the first one fills the row."""
     named = not isinstance(targets, int)
     asked = min(max(options.k, options.target_k), len(bank.labels)) if named else options.k
     found = None
@@ -202,7 +205,11 @@ def explain(
     flow = attention_flow(
         loaded.model, images, importance=importance, norm=options.norm, rows=options.rows, memory=options.memory
     )
-    return flow, *found
+    lens = readings(loaded.model, images, flow, head=False)
+    if lens is not None:
+        votes = bank.classify(lens.flatten(0, 1), options.k, options.temperature).votes
+        lens = votes.unflatten(0, lens.shape[:2])
+    return flow, lens, *found
 
 
 def save(
@@ -210,6 +217,7 @@ def save(
     folder: Path,
     index: int,
     flow: AttentionFlow,
+    lens: Tensor | None,
     classes: Tensor,
     vote: Vote,
     wide: Vote,
@@ -240,9 +248,11 @@ def save(
     counts = [(sum(n["index"] == c["index"] for n in neighbours), c["name"].split(", ")[0]) for c in explained]
     headline = f"{counts[0][0]} of the {wide.labels.shape[1]} nearest neighbours are {counts[0][1]}"
     headline += "".join(f", {n} {name}" for n, name in counts[1:])
+    shares = None if lens is None else lens[index] / lens[index].sum(1, keepdim=True)
     told = manifest(
         file, photo, loaded, flow, options, explained,
         top5=top5,
+        evolution=evolution(shares, flow.accumulated[index], chosen, bank.class_name, "vote"),
         bank={
             "folder": str(bank.directory), "features": len(bank.labels), "k": options.k,
             "temperature": options.temperature, "target_k": options.target_k,

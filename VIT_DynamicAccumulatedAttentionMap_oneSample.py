@@ -5,8 +5,8 @@
     python VIT_DynamicAccumulatedAttentionMap_oneSample.py --image photo.jpg --target top3
 
 Edit the constants or give the options of the same names. For every photo the script prints the five most probable
-classes and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, maps.npz and flow.json; several
-classes side by side.
+classes and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, evolution.png, maps.npz and
+flow.json; several classes side by side.
 Exit code: 0, or 2 when something could not be done: one line on stderr says what, and the other photos are still done.
 """
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from daam_core import AttentionFlow, attention_flow
 from models import LoadedModel, WeightsUnavailable, load
 from models.command_line import (
+    evolution,
     explain_photos,
     find_device,
     find_targets,
@@ -29,6 +30,7 @@ from models.command_line import (
     going_on,
     load_named,
     manifest,
+    readings,
     run,
     save_result,
 )
@@ -109,8 +111,8 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, list[int] | int]:
 
 def explain(
     images: Tensor, loaded: LoadedModel, targets: list[int] | int, options: argparse.Namespace
-) -> tuple[AttentionFlow]:
-    """The flow of a batch of photos."""
+) -> tuple[AttentionFlow, Tensor | None]:
+    """The flow of a batch of photos, and the scores after every block `(B, L, num_classes)` where they can be read."""
 
     def target(scores: Tensor) -> Tensor:  # (B, num_classes) -> (B, K); of one class (B,)
         if isinstance(targets, int):
@@ -118,7 +120,8 @@ def explain(
         return torch.tensor(targets).expand(len(scores), -1).squeeze(1)
 
     rows, memory = options.rows, options.memory
-    return (attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory),)
+    flow = attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory)
+    return flow, readings(loaded.model, images, flow, head=True)
 
 
 def save(
@@ -126,6 +129,7 @@ def save(
     folder: Path,
     index: int,
     flow: AttentionFlow,
+    lens: Tensor | None,
     loaded: LoadedModel,
     targets: list[int] | int,
     options: argparse.Namespace,
@@ -135,16 +139,21 @@ def save(
     scores = flow.output[index].float()
     probabilities = scores.softmax(0)
 
+    def name_of(k: int) -> str:
+        return loaded.class_names[k] if loaded.class_names else f"class {k}"
+
     def describe(k: int) -> dict:
-        name = loaded.class_names[k] if loaded.class_names else f"class {k}"
-        return {"index": k, "name": name, "score": scores[k].item(), "probability": probabilities[k].item()}
+        return {"index": k, "name": name_of(k), "score": scores[k].item(), "probability": probabilities[k].item()}
 
     def row(c: dict) -> tuple[int, str, str]:
         return c["index"], c["name"], f"{c['probability']:6.1%}"
 
     top5 = [describe(k) for k in scores.topk(min(5, len(scores))).indices.tolist()]
-    explained = [describe(k) for k in flow.target[index].view(-1).tolist()]
-    told = manifest(file, photo, loaded, flow, options, explained, top5=top5)
+    chosen = flow.target[index].view(-1).tolist()
+    explained = [describe(k) for k in chosen]
+    values = None if lens is None else lens[index].float().softmax(1)
+    formed = evolution(values, flow.accumulated[index], chosen, name_of, "probability")
+    told = manifest(file, photo, loaded, flow, options, explained, top5=top5, evolution=formed)
     tqdm.write(f"{file}")
     save_result(folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told)
 

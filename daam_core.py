@@ -35,7 +35,8 @@ any model that treats its tokens one by one there; a model that does not is run 
 a block keeps its input and what its attention gave, and computes the rest again when the backward comes.
 
 Sections: the flow; the attention that is watched; tokens that are left out; blocks that are computed again; the
-families of models, one function and one row of a table each; what is checked; from maps to pictures; files.
+families of models, one function and one row of a table each; what is checked; the logit lens; from maps to pictures;
+files.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ import math
 import os
 import secrets
 import shutil
+import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 
@@ -70,7 +72,9 @@ __all__ = [
     "UnsupportedModel",
     "attention_flow",
     "block_labels",
+    "evolution_picture",
     "features",
+    "logit_lens",
     "num_classes",
     "overlay",
     "render",
@@ -158,16 +162,14 @@ def attention_flow(
             does not fit the features, or the output is not finite. Always one line that names the argument first.
     """
     model = _unwrapped(model)
-    if rows not in ("class", "patches"):
-        raise ValueError(f"rows: expected 'class' or 'patches', got {rows!r}")
     if memory not in ("auto", "fast", "low"):
         raise ValueError(f"memory: expected 'auto', 'fast' or 'low', got {memory!r}")
     if importance is not None and target is not None:
         raise ValueError("target: cannot be explained together with importance; give one of the two")
-    plan = _plan(model, images, rows == "patches")
+    plan = _plan(model, images, rows)
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; give the importance of its features")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    parameter = _parameter(model)
     if parameter.is_inference():
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
     images = _to(images, parameter)
@@ -271,6 +273,11 @@ def _library(model: nn.Module) -> str:
     """Whose class the model is, or is derived from: "timm", "torchvision", "transformers" or ""."""
     libraries = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
     return next((name for name in libraries if name in ("timm", "torchvision", "transformers")), "")
+
+
+def _parameter(model: nn.Module) -> Tensor:
+    """One whose device and dtype the images have to have."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _to(images: Tensor | dict[str, Tensor], parameter: Tensor) -> Tensor | dict[str, Tensor]:
@@ -870,12 +877,14 @@ def _leaf(argument: object) -> object:
 # expected number of keys, sum_j S_b[j] == T_b where it is fused, a score that reads no other queries.
 
 
-def _plan(model: nn.Module, images: Tensor | dict, all_rows: bool) -> _Plan | None:
+def _plan(model: nn.Module, images: Tensor | dict, rows: str) -> _Plan | None:
     """The plan of the model's family; None where the family is not known, and only the run can tell."""
+    if rows not in ("class", "patches"):
+        raise ValueError(f"rows: expected 'class' or 'patches', got {rows!r}")
     for reason, refused in _REFUSED.items():
         if any(name in refused for name in _class_names(model)):
             raise UnsupportedModel(f"model: {type(model).__name__} {reason}")
-    family = _family(model)
+    family, all_rows = _family(model), rows == "patches"
     if all_rows and family not in _ALL_ROWS:
         raise UnsupportedModel(
             f"rows: 'patches' is not defined for {type(model).__name__}; it is for timm's VisionTransformer, Eva, Beit "
@@ -1096,6 +1105,9 @@ _ALL_ROWS = {_vision_transformer, _naflex, _distilled, _torchvision, _transforme
 _WHOLE_LAST_BLOCK = {_pit, _torchvision}
 """The families whose last block is run for all tokens: how it goes on is not seen row by row."""
 
+_NO_LENS = {_pit, _crossvit, _mvit}
+"""The families without `logit_lens`: their blocks differ in width, or run in two branches."""
+
 _REFUSED = {
     "uses windowed attention: no token attends to all patches": (
         "timm.SwinTransformer", "timm.SwinTransformerV2", "timm.SwinTransformerV2Cr", "timm.DaVit",
@@ -1273,13 +1285,17 @@ def _check_forward(
                 f"model: {name} attends in {batch} images from {queries} to {keys} tokens in its "
                 f"{type(call.site.module).__name__}; expected were {size} images, {call.site.prefix} + {cells} tokens"
             )
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
+    _check_output(output)
     if not output.requires_grad:
         raise UnsupportedModel(
             f"model: the output of {name} does not depend on its attention; is its forward under torch.no_grad()?"
         )
+
+
+def _check_output(output: Tensor) -> None:
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
     if not torch.isfinite(output).all():
         raise ValueError(
             f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
@@ -1302,14 +1318,18 @@ def _check_backward(model: nn.Module, all_rows: bool, calls: Sequence[_Attention
         )
     if not torch.isfinite(torch.stack([call.maps[-1].sum() for call in calls])).all():
         raise ValueError(f"images: a gradient is not finite; look for an overflow of {calls[0].dtype}")
-    remainders = torch.stack([call.remainder for call in calls])
-    exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
-    allowed = max(2e-3 if exact else 1e-2, 30 * torch.finfo(calls[0].dtype).eps)
+    remainders, allowed = torch.stack([call.remainder for call in calls]), _tolerance(calls[0].dtype)
     if not (remainders <= allowed).all():
         raise UnsupportedModel(
             f"model: the attention of {name} is not the sum of its semantic maps: they miss it by "
             f"{remainders.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {calls[0].dtype}"
         )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to compute the same may differ, relative to the largest value."""
+    exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
+    return max(2e-3 if exact else 1e-2, 30 * torch.finfo(dtype).eps)
 
 
 def _class_indices(target: int | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | None, output: Tensor) -> Tensor:
@@ -1353,6 +1373,115 @@ def _importance_weights(importance: Tensor | Callable[[Tensor], Tensor], feature
     if not torch.isfinite(weights).all():
         raise ValueError("importance: has NaN or infinite values")
     return weights.expand_as(features) if weights.ndim == 1 else weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The logit lens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def logit_lens(
+    model: nn.Module,
+    images: Tensor | dict[str, Tensor],
+    rows: str = "class",
+    head: bool = True,
+    output: Tensor | None = None,
+) -> Tensor:
+    """What the model would say after every block of the flow, if that block were its last one.
+
+    The output of every block goes through the model's own last norm and head: the logit lens (nostalgebraist 2020,
+    "interpreting GPT: the logit lens"; for Vision Transformers Vilas et al., NeurIPS 2023, "Analyzing Vision
+    Transformers for Image Classification in Class Embedding Space", https://arxiv.org/abs/2310.18969). It is a reading:
+    no block but the last was trained to be read so, and what leads to a class may be there before it can be read.
+
+    One forward, in which the last block hands on the outputs of all blocks as a batch of L * B images. The last reading
+    is held against the model's output.
+
+    Args:
+        model: as for `attention_flow`, of a family in `_FAMILIES`; it is given back as it was.
+        images: as for `attention_flow`.
+        rows: "class": only the class token is handed on (and what other tokens come before the patches); "patches":
+            all tokens, for models whose head reads the mean of the patches.
+        head: False stops before the head.
+        output: the scores, or the features, of these images where they are known (`AttentionFlow.output`); else the
+            model runs once more, for the first image.
+
+    Returns:
+        `(B, L, num_classes)` scores, or without the head `(B, L, D)` features as `features(model, images)` gives them;
+        in the model's dtype, without a graph.
+
+    Raises:
+        UnsupportedModel: a `ValueError`, when there is no such reading: the model is of no known family, its blocks
+            differ in width or run in branches (PiT, MViTv2, CrossViT) or more than once, it has an attention pool, it
+            takes a padded batch with `rows="patches"`, or the last reading is not its output.
+        ValueError: as `attention_flow`; when `head` is True for a model without classifier, or `output` has another
+            shape.
+    """
+    model = _unwrapped(model)
+    name, family, plan = type(model).__name__, _family(model), _plan(model, images, rows)
+    blocks = [_block_of(model, frame) for frame in plan.frames] if plan else []
+    reason = (
+        "is of no known family" if plan is None
+        else "has blocks of several widths or branches" if family in _NO_LENS
+        else "has an attention pool" if None in blocks
+        else "pools a padded batch by its own mask" if rows == "patches" and isinstance(images, dict)
+        else ""
+    )  # fmt: skip
+    if reason:
+        raise UnsupportedModel(f"model: {name} {reason}; its blocks cannot be read one by one like its last one")
+    if head and num_classes(model) == 0:
+        raise ValueError("head: the model has no classifier; give head=False for its features")
+    images, forward = _to(images, _parameter(model)), _scores if head else features
+    prefix = None if rows == "patches" or family is _volo else plan.frames[0][0].prefix  # VOLO's score adds the patches
+    place = 1 if family is _tnt else 0  # of the tokens, where a block gives several tensors; TNT's first are its pixels
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        tokens = output if isinstance(output, Tensor) else output[place]
+        kept.append(tokens[:, :prefix].clone())
+
+    def hand_on(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        tokens = torch.cat(kept)
+        return tokens if isinstance(output, Tensor) else (*output[:place], tokens, *output[place + 1 :])
+
+    hooks = [(block.register_forward_hook, keep) for block in blocks]
+    if family is _cait:  # between its last block and its norm the patches join again
+        hooks.append((model.norm.register_forward_pre_hook, lambda module, args: torch.cat(kept)))
+    else:
+        hooks.append((blocks[-1].register_forward_hook, hand_on))
+    with torch.no_grad(), _eval_mode(model):
+        with _hooks(hooks):
+            readings = forward(model, images)
+        output = forward(model, _first_of(images)) if output is None else output
+    _check_output(output)
+    if len(kept) != len(blocks):
+        raise UnsupportedModel(f"model: {name} does not run every block once, as a reading after each of them needs")
+    readings = readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)
+    last = readings[: len(output), -1]
+    if output.shape != last.shape:
+        raise ValueError(f"output: expected {tuple(readings[:, -1].shape)}, got {tuple(output.shape)}")
+    missed = (last - output).abs().max().item()
+    if not missed <= _tolerance(output.dtype) * output.abs().max().item():
+        raise UnsupportedModel(
+            f"model: {name} reads more than the tokens that its last block gives, each by itself: the last reading "
+            f"misses its output by {missed:.2g}"
+        )
+    _check_output(readings.flatten(0, 1))
+    return readings
+
+
+def _first_of(images: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """A batch of the first image."""
+    if isinstance(images, dict):
+        return {name: x[:1] if isinstance(x, Tensor) else x for name, x in images.items()}
+    return images[:1]
+
+
+def _block_of(model: nn.Module, frame: Sequence[_Site]) -> nn.Module | None:
+    """The outermost element of a list that holds all sites of a frame."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    sites = {site.module for site in frame}
+    return next((block for blocks in lists for block in blocks if sites.issubset(block.modules())), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1494,6 +1623,158 @@ def sheet(
     return page
 
 
+def evolution_picture(
+    frames: Sequence[Sequence[Image.Image]],
+    curves: Sequence[tuple[str, Sequence[float]]],
+    shares: Sequence[Sequence[float]],
+    leaders: Sequence[str],
+    leads_from: int | None = None,
+    quantity: str = "probability",
+    note: str = "",
+) -> Image.Image:
+    """How the decision forms: the maps of all blocks; below them, column by column, what `logit_lens` reads after the
+    block, and how much the block adds to the map.
+
+    Args:
+        frames: for each of K explained classes its L frames from `overlay`, without labels; drawn small, a row a class.
+        curves: name and L values, 0..1, of the K explained classes in their order, then of others to compare with.
+        shares: for each of K classes what every block adds to the accumulated map, L values, 0..1.
+        leaders: after each of L blocks the name of the class with the largest value of all.
+        leads_from: the block, from 1 on, from which one of the explained classes leads all others until the end; None
+            when none of them leads at the end.
+        quantity: what the values are.
+        note: written below.
+
+    Returns:
+        One RGB image, about 1,500 pixels wide; wider for more than 15 blocks.
+
+    Raises:
+        ValueError: when there are not L frames, values and shares of every class and L leaders, or `leads_from` is no
+            block.
+    """
+    several, blocks = len(frames), len(frames[0]) if frames else 0
+    counts = [[*map(len, frames)], [len(values) for _, values in curves], [*map(len, shares)], [len(leaders)]]
+    if not blocks or {n for count in counts for n in count} != {blocks} or not several == len(shares) <= len(curves):
+        raise ValueError(f"frames: expected of every class as many as values, shares and leaders, got {counts}")
+    if leads_from is not None and not 1 <= leads_from <= blocks:
+        raise ValueError(f"leads_from: expected None or a block, 1 to {blocks}, got {leads_from}")
+
+    names = [name if len(name) <= 20 else f"{name[:19]}…" for name, _ in curves]
+    leader = max(range(several), key=lambda k: curves[k][1][-1])
+    colours = [_CLASS_COLOURS[k % len(_CLASS_COLOURS)] for k in range(several)] + [_GREY] * (len(curves) - several)
+    column = max(72, 1092 // blocks)
+    left, right, width = 240, 240 + blocks * column, 240 + blocks * column + 230
+    scale = min((column - 6) / frames[0][0].width, 160 / frames[0][0].height)
+    w, h = (max(1, round(scale * side)) for side in frames[0][0].size)
+    maps = 120  # y, from above, of what is drawn: the maps, the curves from 100 % to 0, the bars, the note
+    top = maps + max(30, several * (h + 6)) + 46
+    bottom, floor, below = top + 270, top + 270 + 180, top + 270 + 180 + 24
+    notes = textwrap.wrap(note, int(width / 7.5))
+
+    page = Image.new("RGB", (_FINE * width, _FINE * (below + 24 * len(notes) + 16)), "white")
+    pen, font_of = ImageDraw.Draw(page), cache(ImageFont.load_default)
+
+    def text(x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", most: int = 0):
+        font = font_of(_FINE * size)
+        words = _cut(words, font, _FINE * most) if most else words
+        pen.text((_FINE * x, _FINE * y), words, colour, font, anchor=anchor)
+
+    def line(*points: tuple[float, float], thickness: float = 1, colour: str = _PALE):
+        pen.line([(_FINE * x, _FINE * y) for x, y in points], colour, round(_FINE * thickness), "curve")
+
+    def box(x: float, y: float, x2: float, y2: float, colour: str):
+        pen.rectangle((_FINE * x, _FINE * y, _FINE * x2, _FINE * y2), colour)
+
+    def heading(y: float, title: str, *lines: str):
+        text(24, y, title, 19)
+        for i, words in enumerate(lines, 1):
+            text(24, y + 3 + 21 * i, words, 15, _GREY)
+
+    centres = [left + (b + 0.5) * column for b in range(blocks)]
+    if leads_from is not None:
+        start = left + (leads_from - 1) * column
+        box(start, maps - 34, right, floor, _TINT)
+        line((start, maps - 34), (start, floor), thickness=2, colour=colours[leader])
+        said = f"{names[leader]} leads from block {leads_from} on"
+        fits = font_of(17).getlength(said) < width - start - 16
+        text(start + 8 if fits else start - 8, top - 24, said, 17, colours[leader], "lm" if fits else "rm")
+
+    text(24, 34, "How the decision forms, block by block", 28)
+    ends = [f"{name}: {_percent(values[-1])}" for name, (_, values) in zip(names, curves)]
+    verdict = (
+        f"{names[leader]} leads all other classes from block {leads_from} of {blocks} on"
+        if leads_from is not None
+        else "No explained class leads at the end"
+        if several > 1
+        else f"{names[0]} does not lead at the end"
+    )
+    text(24, 68, f"{verdict}. {quantity.capitalize()} after the last block: {', '.join(ends)}.", 18, most=width - 48)
+
+    heading(maps + 8, "Where it looks", "the map accumulated", "up to each block:", "blue little, red much")
+    for b, x in enumerate(centres, 1):
+        text(x, maps - 18, f"block {b}", 15, anchor="mm")
+    for k, row in enumerate(frames):
+        for x, frame in zip(centres, row):
+            small = frame.resize((_FINE * w, _FINE * h), Image.Resampling.LANCZOS)
+            page.paste(small, (round(_FINE * (x - w / 2)), _FINE * (maps + k * (h + 6))))
+        text(right + 12, maps + k * (h + 6) + h / 2, names[k], 17, colours[k], most=width - right - 20)
+
+    thin = ["thin line: the runner-up"] if len(curves) > several else []
+    heading(top + 8, "What it would say", quantity, "of the class, if this", "block were the last one", *thin)
+    for percent in range(0, 101, 25):
+        y = bottom + (top - bottom) * percent / 100
+        line((left, y), (right, y))
+        if percent % 50 == 0:
+            text(left - 8, y, f"{percent} %", 14, _GREY, "rm")
+    for k in reversed(range(len(curves))):
+        thickness, radius = (4, 6) if k < several else (2, 3.5)
+        points = [(x, bottom + (top - bottom) * value) for x, value in zip(centres, curves[k][1])]
+        line(*points, thickness=thickness, colour=colours[k])
+        for x, y in points:
+            pen.ellipse([_FINE * side for side in (x - radius, y - radius, x + radius, y + radius)], colours[k])
+    text(left - 8, bottom + 30, "the class that leads", 14, _GREY, "rm")
+    for x, name in zip(centres, leaders):
+        colour = next((c for (other, _), c in zip(curves, colours) if other == name), _GREY)
+        text(x, bottom + 30, name, 14, colour, "mm", most=column - 6)
+    ys = _apart([bottom + (top - bottom) * values[-1] for _, values in curves], 22, top, bottom)
+    for end, y, colour in zip(ends, ys, colours):
+        text(right + 12, y, end, 17, colour, most=width - right - 20)
+
+    heading(bottom + 76, "What the block adds", "its share of the map", "after the last block")
+    line((left, floor), (right, floor))
+    wide, highest = min(0.7 * column, 100) / several, max(1e-9, *(share for row in shares for share in row))
+    for k, row in enumerate(shares):
+        for x, share in zip(centres, row):
+            begin, y = x + (k - several / 2) * wide, floor - 90 * share / highest
+            box(begin + 1, y, begin + wide - 1, floor, colours[k])
+            if wide > 40:
+                text(begin + wide / 2, y - 11, _percent(share), 14, anchor="mm")
+    for i, words in enumerate(notes):
+        text(24, below + 12 + 24 * i, words, 15, _GREY)
+    return page.reduce(_FINE)
+
+
+_FINE = 2  # times larger than it is returned is the page drawn, which smooths its lines
+_INK, _GREY, _PALE, _TINT = "#1f2933", "#6b7785", "#d9dee4", "#fdf1de"
+_CLASS_COLOURS = ("#c8500a", "#2563c9", "#0c8a5b", "#b0278f", "#8a6d00", "#c8102e", "#00838f", "#6a4fc4", "#5c7a1f",
+                  "#8c4a32")  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share >= 0.01 or share == 0 else "< 1 %"
+
+
+def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places, moved until neighbours are a gap apart; within the bounds while there is room, their order kept."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved = list(places)
+    for i, place in enumerate(order):
+        moved[place] = max(places[place], moved[order[i - 1]] + gap if i else low)
+    for i, place in reversed([*enumerate(order, 1)]):
+        moved[place] = min(moved[place], moved[order[i]] - gap if i < len(order) else high)
+    return moved
+
+
 def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: int | Sequence[int] = 400) -> None:
     """Write an animated GIF that repeats for ever; the file appears whole or not at all.
 
@@ -1616,11 +1897,9 @@ def save_flow(
     try:
         (part / "frames").mkdir(parents=True)
         save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
-        names = [f"block_{b:02d}.png" for b in range(1, blocks + 1)]
-        _in_threads(lambda frame, name: frame.save(part / "frames" / name, compress_level=1), frames, names)
-        sheet(image, frames, caption, columns).save(part / "sheet.png", compress_level=1)
-        for name, picture in (pictures or {}).items():
-            picture.save(part / name)
+        drawn = {f"frames/block_{b:02d}.png": frame for b, frame in enumerate(frames, 1)}
+        drawn |= {"sheet.png": sheet(image, frames, caption, columns)} | (pictures or {})
+        _in_threads(lambda name, picture: picture.save(part / name, compress_level=1), drawn, drawn.values())
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
         (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)

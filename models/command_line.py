@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from daam_core import AttentionFlow, UnsupportedModel, save_flow
+from daam_core import AttentionFlow, UnsupportedModel, evolution_picture, logit_lens, overlay, render, save_flow
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load, sha256
 from models.images import find_images, read_image
 
@@ -227,6 +227,89 @@ def find_targets(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The evolution of the decision
+# ----------------------------------------------------------------------------------------------------------------------
+
+READING = (
+    "Logit lens: the output of every block, read through the model's last norm and {head} as if the block were the "
+    "last one. A reading, since early blocks were not trained to be read this way: what leads to the class may be "
+    "there before it can be read."
+)
+QUANTITIES = {"probability": ("probability", "head"), "vote": ("share of the votes", "the vote of the neighbours")}
+"""By the key in flow.json: in words, and what follows the norm."""
+
+
+def readings(model: nn.Module, images: Tensor, flow: AttentionFlow, head: bool) -> Tensor | None:
+    """`logit_lens` of the images of a flow; None, and a line that says why, where the model has none."""
+    try:
+        return logit_lens(model, images, flow.rows, head, flow.output)
+    except UnsupportedModel as error:
+        tqdm.write(f"  no evolution.png: {str(error).removeprefix('model: ')}")
+        return None
+
+
+def evolution(
+    values: Tensor | None, accumulated: Tensor, explained: list[int], name_of: Callable[[int], str], quantity: str
+) -> dict | None:
+    """What flow.json says of the decision after every block of one photo.
+
+    Args:
+        values: `(L, num_classes)`, probabilities or votes, a row sums to 1; None where there are none.
+        accumulated: `(L, h, w)`, or `(K, L, h, w)` of several classes.
+        explained: the K classes.
+        name_of: of a class.
+        quantity: "probability" or "vote".
+
+    Returns:
+        `reading`, in words; `runner_up`, the class with the largest value at the end that is not explained, if any;
+        `leads_from`, the block (1 is the first) from which one of the explained classes leads all others until the end,
+        or None; and for each of the `blocks` the `share` of the accumulated map that it adds, and the value, both by
+        class index as a text, and the `leader` of all classes. None without values.
+    """
+    if values is None:
+        return None
+    values = values.cpu()
+    final, leaders = values[-1].clone(), values.argmax(1).tolist()
+    final[explained] = 0
+    runner_up = final.argmax().item() if final.any() else None
+    total = accumulated.cpu().double().reshape(len(explained), len(values), -1).sum(2)  # (K, L)
+    shares = total.diff(dim=1, prepend=total.new_zeros(len(total), 1)) / total[:, -1:].clamp(min=1e-300)
+    compared = explained if runner_up is None else [*explained, runner_up]
+    others = [b for b, leader in enumerate(leaders, 1) if leader != leaders[-1]]
+    return {
+        "reading": READING.format(head=QUANTITIES[quantity][1]),
+        "runner_up": None if runner_up is None else {"index": runner_up, "name": name_of(runner_up)},
+        "leads_from": max(others, default=0) + 1 if leaders[-1] in explained else None,
+        "blocks": [
+            {
+                "block": b,
+                "share": {str(k): share.item() for k, share in zip(explained, shares[:, b - 1])},
+                quantity: {str(k): row[k].item() for k in compared},
+                "leader": {"index": leader, "name": name_of(leader), quantity: row[leader].item()},
+            }
+            for b, (row, leader) in enumerate(zip(values, leaders), 1)
+        ],
+    }
+
+
+def draw_evolution(photo: Image.Image, accumulated: Tensor, evolution: dict, names: list[str]) -> Image.Image:
+    """Of what `evolution` says, with the names of the explained classes."""
+    blocks, runner_up = evolution["blocks"], evolution["runner_up"]
+    quantity = next(name for name in QUANTITIES if name in blocks[0])
+    small = ImageOps.contain(photo, (320, 320), Image.Resampling.BICUBIC)
+    panels = accumulated.reshape(len(names), len(blocks), *accumulated.shape[-2:])
+    labels = [*names, *([runner_up["name"].split(", ")[0]] if runner_up else [])]
+    named = dict(zip(blocks[0][quantity], labels))
+    return evolution_picture(
+        [overlay(small, render(a)) for a in panels],
+        [(name, [block[quantity][k] for block in blocks]) for k, name in named.items()],
+        [[block["share"][k] for block in blocks] for k in blocks[0]["share"]],
+        [named.get(str(block["leader"]["index"]), block["leader"]["name"].split(", ")[0]) for block in blocks],
+        evolution["leads_from"], QUANTITIES[quantity][0], evolution["reading"],
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Photos and results
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -384,7 +467,7 @@ def save_result(
         photo: as it was read.
         classes: index, name and how sure, as a text, of the most probable ones; captions take the text up to a comma.
         explained: the same of those that are explained.
-        told: for flow.json.
+        told: for flow.json; of its `evolution` a picture is made.
         pictures: more of them, by file name.
     """
     names = [name.split(", ")[0] for _, name, _ in explained]
@@ -403,6 +486,9 @@ def save_result(
     if classes[0][0] not in [k for k, _, _ in explained]:
         lines.append(f"predicted: {classes[0][1].split(', ')[0]} {short(classes[0][2])}")
     tqdm.write("\n".join(f"  {share}  {k:>4}  {name}" for k, name, share in classes))
+    if told["evolution"]:
+        drawn = draw_evolution(photo, flow.accumulated[index], told["evolution"], names)
+        pictures = (pictures or {}) | {"evolution.png": drawn}
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
     elif options.size != "image":

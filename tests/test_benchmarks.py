@@ -171,6 +171,6 @@ def test_startup_counts_every_second_once(tmp_path):
     parts = json.loads(told.read_text())
     assert set(parts) == {
         "import torch", "import timm", "import the rest", "load the model", "read the photo", "flow",
-        "describe the run", "draw and write", "options and the like",
+        "read every block", "describe the evolution", "describe the run", "draw and write", "options and the like",
     }  # fmt: skip
     assert all(seconds > 0 for seconds in parts.values())

@@ -82,7 +82,8 @@ def test_default_run_without_network(offline, tmp_path):
 
     folder = tmp_path / "a" / EMBEDDED / "coffee-cup"
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
-        "flow.gif", "flow.json", "maps.npz", "sheet.png", *(f"frames/block_{b:02d}.png" for b in range(1, 13)),
+        "flow.gif", "flow.json", "maps.npz", "sheet.png", "evolution.png",
+        *(f"frames/block_{b:02d}.png" for b in range(1, 13)),
     }  # fmt: skip
     assert no_leftovers(tmp_path)
     photo = Image.open(ROOT / ".img" / "coffee.png")
@@ -104,7 +105,7 @@ def test_default_run_without_network(offline, tmp_path):
 
     assert run("--output-dir", tmp_path / "b", "--model", EMBEDDED, env=offline).returncode == 0
     again = tmp_path / "b" / EMBEDDED / "coffee-cup"
-    for name in ("maps.npz", "flow.gif", "sheet.png"):
+    for name in ("maps.npz", "flow.gif", "sheet.png", "evolution.png"):
         assert (folder / name).read_bytes() == (again / name).read_bytes(), name
 
 
@@ -241,7 +242,7 @@ def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
     results = list((tmp_path / "out" / "tiny").iterdir())
     assert 1 <= len(results) < 200
     for folder in results:
-        assert len([p for p in folder.rglob("*") if p.is_file()]) == 16
+        assert len([p for p in folder.rglob("*") if p.is_file()]) == 17
 
 
 def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
@@ -253,6 +254,58 @@ def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))  # fmt: skip
     one_line_error(result, "File too large")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_the_numbers_of_the_evolution(offline, tmp_path):
+    """Against the model's own norm and head behind every block, and against the other numbers of flow.json."""
+    photo = ROOT / ".img" / "motorcycle_left.png"
+    result = run("--model", EMBEDDED, "--image", photo, "--output-dir", tmp_path, env=offline)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    folder = tmp_path / EMBEDDED / "motorcycle_left-Motorbikes"
+    flow, maps = json.loads((folder / "flow.json").read_text()), np.load(folder / "maps.npz")
+    formed = flow["evolution"]
+    model, transform = (loaded := load(EMBEDDED)).model, loaded.transform
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(transform(read_image(photo)).unsqueeze(0))
+        expected = torch.cat([model.forward_head(model.norm(x)) for x in outputs]).softmax(1)  # (12, 101)
+
+    best, second = flow["top5"][:2]
+    assert formed["runner_up"] == {"index": second["index"], "name": second["name"]}
+    for block, row in zip(formed["blocks"], expected, strict=True):
+        assert block["probability"] == {
+            str(k): pytest.approx(row[k].item(), abs=1e-4) for k in (best["index"], second["index"])
+        }
+        leader = row.argmax().item()
+        assert block["leader"]["index"] == leader and block["leader"]["name"] == loaded.class_names[leader]
+        assert block["leader"]["probability"] == pytest.approx(row.max().item(), abs=1e-4)
+    last = formed["blocks"][-1]
+    assert last["probability"][str(best["index"])] == pytest.approx(best["probability"], abs=1e-4)
+    assert last["leader"] == {**{name: best[name] for name in ("index", "name")}, "probability": pytest.approx(
+        best["probability"], abs=1e-4)}  # fmt: skip
+    shares = [block["share"][str(best["index"])] for block in formed["blocks"]]
+    assert sum(shares) == pytest.approx(1)
+    np.testing.assert_allclose(shares, maps["block_maps"].sum((1, 2)) / maps["accumulated"][-1].sum(), atol=1e-5)
+    leads = [block["leader"]["index"] == best["index"] for block in formed["blocks"]]
+    assert all(leads[formed["leads_from"] - 1 :]) and not leads[formed["leads_from"] - 2]
+    assert formed["reading"].startswith("Logit lens: ")
+    with Image.open(folder / "evolution.png") as picture:
+        assert picture.width >= 1500 and picture.height >= 600 and len(picture.getcolors(1 << 24)) > 1000
+
+
+def test_without_readings_there_is_a_line_and_no_picture(offline, tmp_path):
+    name = "pit_ti_224"
+    weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
+    options = ("--model", name, "--checkpoint", weights, "--target", 2, "--size", 64, "--output-dir", tmp_path)
+    result = run(*options, env=offline)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    lines = [line for line in result.stdout.splitlines() if "evolution.png" in line]
+    assert len(lines) == 1 and lines[0].startswith("  no evolution.png: PoolingVisionTransformer has blocks of several")
+    folder = tmp_path / name / "coffee-class_2"
+    assert json.loads((folder / "flow.json").read_text())["evolution"] is None
+    assert (folder / "flow.gif").is_file() and not (folder / "evolution.png").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,6 +341,19 @@ def test_several_classes_side_by_side(offline, tmp_path):
         (39, "ewer", "ewer"),
         (30, "cup", "cup"),
     ]
+    formed = flow["evolution"]
+    assert (
+        formed["leads_from"] > 1 and formed["runner_up"]["name"] == "yin_yang"
+    )  # the cup leads, the second of the two
+    assert formed["blocks"][-1]["leader"]["index"] == 30
+    for k, name in enumerate(("39", "30")):
+        assert sum(block["share"][name] for block in formed["blocks"]) == pytest.approx(1)
+        assert formed["blocks"][-1]["share"][name] == pytest.approx(
+            maps["block_maps"][k, -1].sum() / maps["accumulated"][k, -1].sum(), rel=1e-4
+        )
+        assert formed["blocks"][-1]["probability"][name] == pytest.approx(flow["targets"][k]["probability"], abs=1e-4)
+    with Image.open(folder / "evolution.png") as picture:
+        assert picture.height > 780  # two rows of maps
     scores = torch.from_numpy(maps["output"])
     assert [c["score"] for c in flow["targets"]] == pytest.approx(scores[[39, 30]].tolist())
     assert [c["probability"] for c in flow["targets"]] == pytest.approx(scores.softmax(0)[[39, 30]].tolist())
@@ -423,6 +489,9 @@ def test_half_precision_stays_close(dtype, target, offline, tmp_path):
     file = next(tmp_path.rglob("maps.npz"))
     maps, flow = np.load(file), json.loads(file.with_name("flow.json").read_text())
     assert flow["settings"]["dtype"] == dtype
+    for c in flow.get("targets", [flow.get("target")]):
+        last = flow["evolution"]["blocks"][-1]["probability"][str(c["index"])]
+        assert last == pytest.approx(c["probability"], abs=0.02)
     classes = [c["index"] for c in flow.get("targets", [flow.get("target")])]
     loaded = load(EMBEDDED)
     images = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
@@ -460,6 +529,8 @@ def test_other_families(name, decomposed, maps, offline, tmp_path):
     assert flow["decomposed"] == decomposed and flow["settings"]["rows"] == "class"
     assert [flow["blocks"], *flow["grid"]] == list(maps) == list(np.load(folder / "maps.npz")["block_maps"].shape)
     assert flow["num_prefix_tokens"] == 1 + ("distilled" in name)
+    last = flow["evolution"]["blocks"][maps[0] - 1]["probability"]["2"]
+    assert last == pytest.approx(flow["target"]["probability"], abs=1e-4) and (folder / "evolution.png").is_file()
     with Image.open(folder / "flow.gif") as gif:
         assert gif.n_frames == maps[0]
 
@@ -477,7 +548,10 @@ def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
     assert flow["decomposed"] == "all tokens, rows='patches', 12 blocks" and flow["settings"]["rows"] == "patches"
     assert flow["method"] == "Dynamic Accumulated Attention Map, all-rows form"
-    assert (tmp_path / "out" / "weights" / "coffee-class_1-patches" / "flow.gif").is_file()
+    folder = tmp_path / "out" / "weights" / "coffee-class_1-patches"
+    assert (folder / "flow.gif").is_file() and (folder / "evolution.png").is_file()
+    last = flow["evolution"]["blocks"][11]["probability"]["1"]
+    assert last == pytest.approx(flow["target"]["probability"], abs=1e-4)
 
 
 def test_rows_that_a_family_has_not(offline, tmp_path):

@@ -83,7 +83,10 @@ def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
 
     folder = tmp_path / EMBEDDED / "coffee-cup"
     frames = {f"frames/block_{b:02d}.png" for b in range(1, 13)}
-    assert results(folder) == {"flow.gif", "flow.json", "maps.npz", "sheet.png", "neighbours.png"} | frames
+    assert (
+        results(folder)
+        == {"flow.gif", "flow.json", "maps.npz", "sheet.png", "evolution.png", "neighbours.png"} | frames
+    )
     assert no_leftovers(tmp_path)
     with Image.open(folder / "flow.gif") as gif:
         assert gif.n_frames == 12 and gif.size == (600, 400)
@@ -103,6 +106,21 @@ def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
     assert flow["target"] == flow["top5"][0] | {"requested": None} and flow["target"]["name"] == "cup"
     assert flow["target"]["vote"] == pytest.approx(float(vote.votes.max() / vote.votes.sum()), abs=1e-4)
     assert sum(c["neighbours"] for c in flow["top5"]) <= 20 == len(flow["neighbours"])
+    features, formed = [], flow["evolution"]
+    for block in loaded.model.blocks:
+        block.register_forward_hook(lambda module, args, output: features.append(loaded.model.norm(output)[:, 0]))
+    with torch.no_grad():
+        loaded.model(images)
+    votes = bank.classify(torch.cat(features)).votes  # (12, 101)
+    votes = votes / votes.sum(1, keepdim=True)
+    c, second = (flow["top5"][i]["index"] for i in (0, 1))
+    assert formed["runner_up"]["index"] == second and "vote of the neighbours" in formed["reading"]
+    for block, row in zip(formed["blocks"], votes, strict=True):
+        assert block["vote"] == {str(k): pytest.approx(row[k].item(), abs=1e-3) for k in (c, second)}
+        assert block["leader"]["vote"] == pytest.approx(row.max().item(), abs=1e-3)
+    assert formed["blocks"][-1]["vote"][str(c)] == pytest.approx(flow["target"]["vote"], abs=1e-3)
+    assert sum(block["share"][str(c)] for block in formed["blocks"]) == pytest.approx(1)
+    assert [block["leader"]["index"] == c for block in formed["blocks"]].index(True) + 1 == formed["leads_from"]
     file = ROOT / "pretrainedmodels" / f"{EMBEDDED}.safetensors"
     assert flow["checkpoint"] == {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     assert flow["bank"] == {
@@ -217,6 +235,9 @@ def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
     flow = json.loads((tmp_path / "tiny" / "coffee-noise-coffee" / "flow.json").read_text())
     assert [(c["name"], c["neighbours"]) for c in flow["targets"]] == [("noise", 0), ("coffee", 8)]
     assert {n["name"] for n in flow["neighbours"]} == {"noise", "coffee"}
+    last = flow["evolution"]["blocks"][-1]
+    assert last["vote"] == {"2": 0, "0": pytest.approx(1)} and flow["evolution"]["runner_up"] is None  # no votes for it
+    assert list(last["share"]) == ["2", "0"] and flow["evolution"]["leads_from"] is not None
 
     result = run(*options, "--k", 8, "--target", "top3", "--output-dir", tmp_path / "few", env=offline)
     assert result.returncode == 0, result.stderr
