@@ -94,6 +94,10 @@ NORM = False
 # average the patches.
 ROWS = "class"
 
+# "paper" is the method of the paper. Variants of it: "signed", coefficients keep their sign; "heads", that, and ReLU
+# head by head. The README says how they compare.
+VARIANT = "paper"
+
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
 # the longer side in pixels (large photos make large GIFs).
 SIZE = "image"
@@ -110,7 +114,8 @@ BANKS, EMBEDDED_BANK = HERE / "memorybank" / "DINO" / "ImageNet2012", HERE / "me
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
+        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, variant=VARIANT,
+        size=SIZE, duration=DURATION,
     )  # fmt: skip
     add, count, shown = parser.add_argument, number(int, 1, 10**9), "(default: %(default)s)"
     add("--bank", metavar="DIR", default=BANK, help="the memory bank (default: the one that belongs to the model)")
@@ -203,8 +208,9 @@ def explain(
         return torch.stack([bank.importance_of(features, wide, c) for c in classes.unbind(1)], 1)  # (B, K, D)
 
     flow = attention_flow(
-        loaded.model, images, importance=importance, norm=options.norm, rows=options.rows, memory=options.memory
-    )
+        loaded.model, images, importance=importance,
+        norm=options.norm, rows=options.rows, memory=options.memory, variant=options.variant,
+    )  # fmt: skip
     lens = readings(loaded.model, images, flow, head=False)
     if lens is not None:
         votes = bank.classify(lens.flatten(0, 1), options.k, options.temperature).votes

@@ -73,6 +73,10 @@ NORM = False
 # average the patches.
 ROWS = "class"
 
+# "paper" is the method of the paper. Variants of it: "signed", coefficients keep their sign; "heads", that, and ReLU
+# head by head. The README says how they compare.
+VARIANT = "paper"
+
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number
 # the longer side in pixels (large photos make large GIFs).
 SIZE = "image"
@@ -87,7 +91,8 @@ DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
-        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, size=SIZE, duration=DURATION,
+        device=DEVICE, dtype=DTYPE, memory=MEMORY, batch=BATCH, norm=NORM, rows=ROWS, variant=VARIANT,
+        size=SIZE, duration=DURATION,
     ).parse_args(arguments)  # fmt: skip
 
 
@@ -119,8 +124,10 @@ def explain(
             return scores.topk(targets).indices.squeeze(1)
         return torch.tensor(targets).expand(len(scores), -1).squeeze(1)
 
-    rows, memory = options.rows, options.memory
-    flow = attention_flow(loaded.model, images, target, norm=options.norm, rows=rows, memory=memory)
+    flow = attention_flow(
+        loaded.model, images, target,
+        norm=options.norm, rows=options.rows, memory=options.memory, variant=options.variant,
+    )  # fmt: skip
     return flow, readings(loaded.model, images, flow, head=True)
 
 

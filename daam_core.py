@@ -19,7 +19,7 @@ which the first P are prefix tokens, head width d, C = H * d, patch grid h x w):
     A_b = L_1 + ... + L_b                       (B, h, w)     the attention flow
 
 Y is the class score and w = ReLU; or, for a model without classifier, the gradient pushed back from the feature is a
-vector of dimension-wise importance and w = identity.
+vector of dimension-wise importance and w = identity. (`variant` offers two others, which the paper has not.)
 
 How it is computed: a function of the model's family says in which modules the class token attends to the patches (the
 sites). While the model runs, a `TorchFunctionMode` sees the attention inside them: q, k and v of the fused
@@ -70,6 +70,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "AttentionFlow",
     "UnsupportedModel",
+    "VARIANTS",
     "attention_flow",
     "block_labels",
     "evolution_picture",
@@ -89,6 +90,10 @@ __all__ = [
 # ----------------------------------------------------------------------------------------------------------------------
 # The flow
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+VARIANTS = ("paper", "signed", "heads")
+"""See `attention_flow`."""
 
 
 class UnsupportedModel(ValueError):
@@ -115,6 +120,8 @@ class AttentionFlow:
     """What the frames are, in words: "class token, 12 blocks", "class token, 2 class-attention blocks", ..."""
     num_prefix_tokens: int = 1
     """How many keys come before the patches in the first attention that is decomposed."""
+    variant: str = "paper"
+    """As given."""
 
 
 def attention_flow(
@@ -125,6 +132,7 @@ def attention_flow(
     norm: bool = False,
     rows: str = "class",
     memory: str = "auto",
+    variant: str = "paper",
 ) -> AttentionFlow:
     """Decompose the class token in every block of a Vision Transformer, weight the maps and accumulate them.
 
@@ -150,6 +158,11 @@ def attention_flow(
             fused attention gave, from which the rest is computed again, bit for bit the same. "auto" is "low" for
             blocks of which a whole model would keep more than 256 MiB an image (ViT-S: from 1,600 tokens on). A model
             of no known family always runs "fast".
+        variant: "paper" is the method of the paper. Two others, which the evaluation compares with it: "signed", the
+            coefficients keep their sign also for a class score, w = identity; "heads", that, and ReLU head by head,
+            L_b[j] = sum_h ReLU(sum_d C_b[h, d] S_b[j, h, d]). The latter is the row of the class token in the
+            gradient-weighted attention of Chefer, Gur, Wolf 2021 (https://arxiv.org/abs/2103.15679, Eq. 5), times the
+            number of heads, since C_b[h] . V_b[j, h] is the gradient with respect to a_b[h, j].
 
     Returns:
         An `AttentionFlow`, one map a block for every image. In models with patch grids of several sizes every map is
@@ -162,6 +175,10 @@ def attention_flow(
             does not fit the features, or the output is not finite. Always one line that names the argument first.
     """
     model = _unwrapped(model)
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"variant: expected {', '.join(map(repr, VARIANTS[:-1]))} or {VARIANTS[-1]!r}, got {variant!r}"
+        )
     if memory not in ("auto", "fast", "low"):
         raise ValueError(f"memory: expected 'auto', 'fast' or 'low', got {memory!r}")
     if importance is not None and target is not None:
@@ -173,12 +190,12 @@ def attention_flow(
     if parameter.is_inference():
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
     images = _to(images, parameter)
-    w = torch.relu if importance is None else lambda c: c
+    w = torch.relu if importance is None and variant == "paper" else lambda c: c
 
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model):
         forward = _scores if importance is None else features
         for last in [plan.last, None] if plan and plan.last else [None]:
-            watch = _AttentionWatch(w, memory, last)
+            watch = _AttentionWatch(w, memory, last, by_head=variant == "heads")
             with suppress(_MixesRows), _watched(model, plan, watch):
                 output = forward(model, images)
                 break
@@ -207,7 +224,8 @@ def attention_flow(
     block_maps = block_maps if several else block_maps.squeeze(1)
     summands = _min_max(block_maps) if norm else block_maps
     prefix = plan.frames[0][0].prefix
-    return AttentionFlow(block_maps, summands.cumsum(-3), output.detach(), target, rows, plan.decomposed, prefix)
+    output = output.detach()
+    return AttentionFlow(block_maps, summands.cumsum(-3), output, target, rows, plan.decomposed, prefix, variant)
 
 
 def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
@@ -412,9 +430,11 @@ class _AttentionWatch(TorchFunctionMode):
     of which the same rows count, the products with weights have a graph for these rows only, until tokens are mixed.
     """
 
-    def __init__(self, w: Callable[[Tensor], Tensor], memory: str = "fast", last: _Site | None = None):
+    def __init__(
+        self, w: Callable[[Tensor], Tensor], memory: str = "fast", last: _Site | None = None, by_head: bool = False
+    ):
         super().__init__()
-        self.w, self.memory, self.last = w, memory, last
+        self.w, self.memory, self.last, self.by_head = w, memory, last, by_head
         self.site: _Site | None = None
         self.softmax: list[tuple[int, int]] = []
         """Queries and keys of every softmax whose matrix did not multiply values yet."""
@@ -527,7 +547,7 @@ class _AttentionWatch(TorchFunctionMode):
             output = func(**named)
         else:
             output = func(**named)
-            call = _Attention(self.site, self.w, output, matrix, self.block)
+            call = _Attention(self.site, self.w, self.by_head, output, matrix, self.block)
             self.calls.append(call)
         if call is self.calls[0] or not output.requires_grad:
             output = output.detach().requires_grad_()
@@ -611,9 +631,15 @@ class _Attention:
     """
 
     def __init__(
-        self, site: _Site, w: Callable[[Tensor], Tensor], output: Tensor, matrix: _Matrix, block: _Block | None = None
+        self,
+        site: _Site,
+        w: Callable[[Tensor], Tensor],
+        by_head: bool,
+        output: Tensor,
+        matrix: _Matrix,
+        block: _Block | None = None,
     ):
-        self.site, self.w, self.block = site, w, block
+        self.site, self.w, self.by_head, self.block = site, w, by_head, block
         self.queries = slice(site.queries or 1)  # those of the class form, and of the check
         self.output = output.detach()[..., self.queries, :].clone()
         self.shape = output.shape[0], output.shape[-2], matrix.value.shape[-2]  # B, queries M, keys N
@@ -635,11 +661,11 @@ class _Attention:
                 self.read_queries = gradient.ne(0).any(-1).flatten(0, -2).any(0)
             if self.site.queries is None:
                 pulled = self.matrix.pull(self.w(gradient.float() / self.scale))  # (A^T w(C))[j]
-                tokens = (value * pulled).sum((1, 3))
+                tokens = (value * pulled).sum(3)
             else:
                 weights = self.w(gradient[..., self.queries, :].float() / self.scale)  # w(C_b) (B, H, Q, d)
-                tokens = (spread * (weights @ values.transpose(-2, -1))).sum((1, 2))
-            self.maps.append(tokens.relu())
+                tokens = (spread * (weights @ values.transpose(-2, -1))).sum(2)
+            self.maps.append((tokens.relu() if self.by_head else tokens).sum(1).relu())  # tokens (B, H, N)
         if not self.again or self.block:
             self.matrix = None
 

@@ -48,10 +48,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, required=True, metavar="FOLDER", help="photos, also in sub-folders")
     add("--list", type=Path, metavar="FILE", help="only the photos that it names, relative to the folder, one a line")
     add("--annotations", type=Path, metavar="FOLDER",
-        help="boxes (XML of VOC or ImageNet) or masks (PNG) by the names of the photos; may be the same folder")  # fmt: skip
+        help="boxes (XML of VOC or ImageNet) or masks (PNG), by the names of the photos")  # fmt: skip
     add("--limit", type=number(int, 1, 10**9), metavar="N", help="so many of the photos, at random (default: all)")
-    add("--methods", nargs="+", default=["all"], metavar="METHOD", 
-        help=f"all; candidates, variants of ours that were tried, too; or some of: {', '.join(METHODS)}")  # fmt: skip
+    add("--methods", nargs="+", default=["all"], metavar="METHOD",
+        help=f"all; candidates, more variants of ours; or some of: {', '.join(METHODS)}")  # fmt: skip
     add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES), help="of deletion and insertion")
     add("--steps", type=number(int, 2, 1000), default=10, metavar="N", help=f"of deletion and insertion {shown}")
     add("--blocks", type=count, metavar="N", help="photos whose map after every block is scored, too (default: all)")
@@ -186,7 +186,9 @@ def find_photos(folder: Path, listed: Path | None) -> list[str]:
         found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if looks_like_image(name)]
         names = sorted(file.relative_to(folder).as_posix() for file in found)
     else:
-        names = sorted({line.strip() for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()})
+        names = sorted(
+            {line.strip() for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
+        )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")

@@ -19,7 +19,16 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from daam_core import AttentionFlow, UnsupportedModel, evolution_picture, logit_lens, overlay, render, save_flow
+from daam_core import (
+    VARIANTS,
+    AttentionFlow,
+    UnsupportedModel,
+    evolution_picture,
+    logit_lens,
+    overlay,
+    render,
+    save_flow,
+)
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load, sha256
 from models.images import find_images, read_image
 
@@ -54,6 +63,7 @@ def flow_options(
     batch: int,
     norm: bool,
     rows: str,
+    variant: str,
     size: str | int,
     duration: int,
 ) -> Parser:
@@ -118,6 +128,13 @@ def flow_options(
         default=rows,
         help="which queries are decomposed: the class token, or all tokens, for models that average the patches "
         "(default: %(default)s)",
+    )
+    add(
+        "--variant",
+        type=one_of(*VARIANTS),
+        metavar=f"{{{','.join(VARIANTS)}}}",
+        default=variant,
+        help="paper; signed: coefficients keep their sign; heads: that, and ReLU head by head (default: %(default)s)",
     )
     add(
         "--size",
@@ -424,7 +441,9 @@ def manifest(
     requested = options.target if isinstance(options.target, (list, tuple)) else [options.target]
     targets = [c | {"requested": word} for c, word in zip(explained, cycle(requested))]
     return {
-        "method": "Dynamic Accumulated Attention Map" + ", all-rows form" * (flow.rows == "patches"),
+        "method": "Dynamic Accumulated Attention Map"
+        + ", all-rows form" * (flow.rows == "patches")
+        + f", variant {flow.variant}" * (flow.variant != "paper"),
         "model": loaded.name,
         "checkpoint": loaded.provenance,
         "image": {"file": str(file), "sha256": sha256(file), "width": photo.width, "height": photo.height},
@@ -435,6 +454,7 @@ def manifest(
         "num_prefix_tokens": flow.num_prefix_tokens,
         "settings": {
             "rows": flow.rows,
+            "variant": flow.variant,
             "norm": options.norm,
             "size": options.size,
             "duration": options.duration,
@@ -476,13 +496,14 @@ def save_result(
     suffix = "-".join(map(file_name, names))
     if len(names) > 1 and len(suffix) > LONGEST:
         suffix = f"{suffix[:LONGEST]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
-    folder = folder.with_name(f"{folder.name}-{suffix}" + "-patches" * (flow.rows == "patches"))
+    suffix += "-patches" * (flow.rows == "patches") + f"-{flow.variant}" * (flow.variant != "paper")
+    folder = folder.with_name(f"{folder.name}-{suffix}")
 
     def short(share: str) -> str:
         return share.split(",")[0].strip()
 
     lines = [f"{name}: {short(share)}" for name, (_, _, share) in zip(names, explained)]
-    lines += [loaded.name, flow.decomposed]
+    lines += [loaded.name, flow.decomposed + f", variant {flow.variant}" * (flow.variant != "paper")]
     if classes[0][0] not in [k for k, _, _ in explained]:
         lines.append(f"predicted: {classes[0][1].split(', ')[0]} {short(classes[0][2])}")
     tqdm.write("\n".join(f"  {share}  {k:>4}  {name}" for k, name, share in classes))

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import daam_core
 from daam_core import (
+    VARIANTS,
     AttentionFlow,
     UnsupportedModel,
     attention_flow,
@@ -59,7 +60,7 @@ def images():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plain_block_maps(model, image, target=None, importance=None):
+def plain_block_maps(model, image, target=None, importance=None, variant="paper"):
     """L_b `(L, h, w)` of one image `(3, H, W)`, as the definition reads: whole attention matrices, S_b in full."""
     model = copy.deepcopy(model).eval()  # backward() fills every .grad
     x = model.patch_embed(image[None])
@@ -86,8 +87,11 @@ def plain_block_maps(model, image, target=None, importance=None):
     maps = []
     for S, T in decomposed:
         torch.testing.assert_close(S.sum(0), T[0].detach(), rtol=1e-4, atol=1e-5)
-        C = T.grad[0] if importance is not None else T.grad[0].relu()
-        maps.append((S * C).sum(1).relu()[model.num_prefix_tokens :])
+        C = T.grad[0].relu() if importance is None and variant == "paper" else T.grad[0]
+        by_patch = (S * C).sum(1)
+        if variant == "heads":
+            by_patch = sum(part.sum(1).relu() for part in (S * C).chunk(attn.num_heads, 1))
+        maps.append(by_patch.relu()[model.num_prefix_tokens :])
     patch = model.patch_embed.patch_size
     return torch.stack(maps).unflatten(1, [side // p for side, p in zip(image.shape[1:], patch)])
 
@@ -207,6 +211,48 @@ def test_several_importances_of_every_image(model, images):
         assert torch.equal(flow.accumulated[:, k], one.accumulated)
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5, "reg_tokens": 2, "num_heads": 3}], ids=["plain", "more"])
+def test_variants(options, memory, images):
+    model, paper = tiny_vit(**options), attention_flow(tiny_vit(**options), images, [4, 1])
+    assert paper.variant == "paper"
+    for variant in ("signed", "heads"):
+        flow = attention_flow(model, images, [4, 1], variant=variant, memory=memory)
+        expected = [plain_block_maps(model, x, t, variant=variant) for x, t in zip(images, (4, 1))]
+        assert_maps_match(flow, expected)
+        assert flow.variant == variant and not torch.allclose(flow.block_maps, paper.block_maps, rtol=0.01)
+        both = attention_flow(model, images, [[4, 1], [1, 0]], variant=variant, memory=memory)
+        torch.testing.assert_close(both.block_maps[[0, 1], [0, 0]], attention_flow(
+            model, images, [4, 1], variant=variant).block_maps)  # fmt: skip
+
+
+def test_variants_of_an_importance(model, images):
+    importance = torch.rand(WIDTH, generator=torch.Generator().manual_seed(1))
+    paper, signed, heads = (attention_flow(model, images, importance=importance, variant=v) for v in VARIANTS)
+    assert torch.equal(paper.block_maps, signed.block_maps)
+    assert_maps_match(heads, [plain_block_maps(model, x, None, importance, "heads") for x in images])
+
+
+def test_variants_of_all_rows(images):
+    """By head, and only then over the heads: sum_h ReLU(V . dY/dV)."""
+    model, values = tiny_vit(global_pool="avg"), []
+    hooks = []
+    for block in model.blocks:
+
+        def keep(module, args, output):
+            values.append(output)
+            output.retain_grad()
+
+        hooks.append(block.attn.qkv.register_forward_hook(keep))  # fmt: skip
+    model(images)[:, 2].sum().backward()
+    for hook in hooks:
+        hook.remove()
+    flow = attention_flow(model, images, 2, rows="patches", variant="heads")
+    for b, qkv in enumerate(values):
+        product = (qkv * qkv.grad)[:, :, 2 * WIDTH :].unflatten(2, (2, -1)).sum(3).relu().sum(2)
+        torch.testing.assert_close(flow.block_maps[:, b], product[:, 1:].unflatten(1, (4, 4)).detach())
+
+
 @pytest.mark.parametrize("num_classes", [0, 5], ids=["headless", "with head"])
 @pytest.mark.parametrize("form", ["(D,)", "(B, D)", "callable"])
 def test_importance(num_classes, form, images):
@@ -299,7 +345,7 @@ def fused_attention(q, k, v, output=None, queries=1, **options):
     """What daam_core makes of one call of torch's attention."""
     output = F.scaled_dot_product_attention(q, k, v, **options) if output is None else output
     site = daam_core._Site(nn.Identity(), (N, 1), prefix=0, queries=queries)
-    return daam_core._Attention(site, torch.relu, output, daam_core._fused_attention(q, k, v, **options))
+    return daam_core._Attention(site, torch.relu, False, output, daam_core._fused_attention(q, k, v, **options))
 
 
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
@@ -664,6 +710,12 @@ def test_refused_models(build, match, images):
 
 def test_refused_without_classifier(images):
     refused("^importance: the model has no classifier", tiny_vit(num_classes=0), images)
+
+
+@pytest.mark.parametrize("variant", ["relu", None])
+def test_refused_variant(variant, model, images):
+    with pytest.raises(ValueError, match=f"^variant: expected 'paper', 'signed' or 'heads', got {variant!r}$"):
+        attention_flow(model, images, variant=variant)
 
 
 @pytest.mark.parametrize("memory", ["small", None, True])

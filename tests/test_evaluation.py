@@ -107,6 +107,9 @@ def test_ours_and_variants(case):
         projection = projection + (moved * (R * gamma).clamp(min=0)).sum(2).clamp(min=0)
         residual = residual + (moved * gamma * R.clamp(min=0)).sum(2).clamp(min=0)
     close(METHODS["daam-signed"](explained), grid(signed, prefix))
+    for variant in ("signed", "heads"):  # as daam_core offers them
+        flow = attention_flow(model, explained.images, [3, 1], variant=variant)
+        close(METHODS[f"daam-{variant}"](explained), flow.accumulated[:, -1])
     close(METHODS["daam-heads"](explained), grid(heads, prefix))
     close(METHODS["daam-net"](explained), grid(net, prefix))
     close(METHODS["daam-share"](explained), share)
