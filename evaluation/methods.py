@@ -19,6 +19,8 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from captum.attr import IntegratedGradients
+from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -285,8 +287,6 @@ def legrad(explained: Explained) -> Tensor:
 def gradcam(explained: Explained) -> Tensor:
     """Grad-CAM: Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, by pytorch-grad-cam, at the first norm of the
     last block, as that library advises for ViTs."""
-    from pytorch_grad_cam import GradCAM
-
     _check_timm(explained.model, "gradcam", "blocks")
     grid, prefix = explained.grid, explained.flow.num_prefix_tokens  # before the library's hooks are on the model
 
@@ -319,7 +319,6 @@ def gradcam(explained: Explained) -> Tensor:
 def integrated_gradients(explained: Explained) -> Tensor:
     """Integrated gradients: Sundararajan, Taly, Yan 2017, https://arxiv.org/abs/1703.01365, by captum: from the grey
     picture that is zero after normalisation; 16 steps of Gauss-Legendre; summed over the pixels of every patch."""
-    from captum.attr import IntegratedGradients
 
     def score(images: Tensor, seeds: Tensor) -> Tensor:
         return (explained.decision.outputs(images) * seeds).sum(1)

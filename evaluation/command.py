@@ -1,0 +1,245 @@
+"""The command: options, the loop over the photos, what is recorded of each, and how a killed run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from daam_core import UnsupportedModel, overlay, render, whole_file
+from evaluation.annotations import region_of
+from evaluation.decision import Decision
+from evaluation.methods import CANDIDATES, METHODS, Explained
+from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
+from evaluation.report import read_lines, write_report
+from evaluation.sanity import check, stages
+from memorybank import MemoryBank
+from models import architecture_of, load, weights_sha256
+from models.command_line import Parser, find_device, number, versions
+from models.images import looks_like_image, read_image
+
+EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
+HELP = """the photos of the README's table:
+  python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
+      --methods all --out evaluated
+A run that was killed goes on when the same command is given again; photos come in a random order that the seed decides,
+so that the tables of an unfinished run are those of a sample."""
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m evaluation",
+        description="Are the maps right? Explanation methods side by side on the same photos.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, shown, count = parser.add_argument, "(default: %(default)s)", number(int, 0, 10**9)
+    add("--model", metavar="NAME", default="embedded", help=f"timm name, hf:NAME, or embedded {shown}")
+    add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
+    add("--bank", metavar="DIR", help="memory bank, for a model without a classifier (default: of the embedded one)")
+    add("--images", type=Path, required=True, metavar="FOLDER", help="photos, also in sub-folders")
+    add("--list", type=Path, metavar="FILE", help="only the photos that it names, relative to the folder, one a line")
+    add("--annotations", type=Path, metavar="FOLDER",
+        help="boxes (XML of VOC or ImageNet) or masks (PNG), by the names of the photos")  # fmt: skip
+    add("--limit", type=number(int, 1, 10**9), metavar="N", help="so many of the photos, at random (default: all)")
+    add("--methods", nargs="+", default=["all"], metavar="METHOD",
+        help=f"all; candidates, more variants of ours; or some of: {', '.join(METHODS)}")  # fmt: skip
+    add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES), help="of deletion and insertion")
+    add("--steps", type=number(int, 2, 1000), default=10, metavar="N", help=f"of deletion and insertion {shown}")
+    add("--blocks", type=count, metavar="N", help="photos whose map after every block is scored, too (default: all)")
+    add("--sanity", type=count, default=10, metavar="N", help=f"photos of the sanity checks {shown}")
+    add("--seed", type=count, default=0, help=f"order of the photos, ties, random maps and weights {shown}")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where records, tables and pictures go")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    try:
+        evaluate(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    photos = find_photos(options.images, options.list)
+    random.Random(options.seed).shuffle(photos)
+    photos = photos[: options.limit]
+    decision = find_decision(options)
+    methods = find_methods(options.methods, decision)
+    model = decision.loaded.model.requires_grad_(False)
+    settings = {
+        "model": decision.loaded.name,
+        "weights_sha256": weights_sha256(model),
+        "bank": decision.bank and str(decision.bank.directory),
+        "methods": methods,
+        "baselines": options.baselines,
+        "steps": options.steps,
+        "seed": options.seed,
+        "stages": stages(model) if hasattr(model, "blocks") else [],
+    }
+    begin(options.out, settings | {"images": str(options.images), "photos": len(photos), "versions": versions(
+        "torch", "timm", "numpy")}, settings)  # fmt: skip
+    skipped = {}
+
+    def explain(name: str) -> Explained:
+        image = decision.loaded.transform(read_image(options.images / name)).unsqueeze(0)
+        image = image.to(next(model.parameters()).device)
+        return Explained(decision, image, decision.shares(image).argmax(1), [name], options.seed)
+
+    for file, chosen, record in [
+        ("photos.jsonl", photos, lambda e, i: score(e, methods, options, i)),
+        ("sanity.jsonl", photos[: options.sanity if settings["stages"] else 0],
+         lambda e, i: {"methods": check(e, methods)}),
+    ]:  # fmt: skip
+        done = {line["photo"] for line in records_of(options.out / file)}
+        todo = [(i, name) for i, name in enumerate(chosen) if name not in done]
+        with tqdm(total=len(chosen), initial=len(chosen) - len(todo), desc=file.split(".")[0], unit="photo") as bar:
+            for i, name in todo:
+                try:
+                    found = record(explain(name), i)
+                except UnsupportedModel:
+                    raise
+                except ValueError as error:
+                    if name not in skipped:
+                        tqdm.write(f"left out: {error}", file=sys.stderr)
+                    skipped[name] = str(error)
+                else:
+                    append(options.out / file, {"photo": name} | found)
+                bar.update()
+
+    def picture(record: dict, method: str) -> Image.Image:
+        heat = METHODS[method](explain(record["photo"])).float().clamp(min=0).cpu()
+        return overlay(read_image(options.images / record["photo"]), render(heat))[0]
+
+    print(write_report(options.out, picture))
+    print(f"tables and pictures: {options.out}")
+
+
+def score(explained: Explained, methods: list[str], options: argparse.Namespace, i: int) -> dict:
+    """What is recorded of one photo."""
+    decision, image, name = explained.decision, explained.images[0], explained.names[0]
+    target = explained.classes.item()
+    probability = decision.shares(explained.images)[0, target].item()
+    maps = torch.stack([METHODS[method](explained)[0].float().cpu() for method in methods])
+    by_block = explained.flow.accumulated[0].cpu() if options.blocks is None or i < options.blocks else maps[:0]
+    every = torch.cat([maps, by_block])
+    if not torch.isfinite(every).all():
+        raise FloatingPointError(f"a map of {name} is not finite")
+    region = None
+    if options.annotations is not None:
+        region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
+    curves = removal_curves(decision, image, target, every, options.steps, options.baselines, options.seed + i)
+    masked = masked_photo(decision, image, target, every, probability)
+    rows = []
+    for m, heat in enumerate(every):
+        found = {metric: area(curve[m]).item() for metric, curve in curves.items()}
+        found |= {metric: values[m].item() for metric, values in masked.items()}
+        found |= {"sparsity": sparsity(heat)} | (localisation(heat, region) if region is not None else {})
+        rows.append({metric: round(value, 6) for metric, value in found.items()})
+    return {
+        "class": target,
+        "name": decision.class_name(target),
+        "probability": round(probability, 6),
+        "scores": dict(zip(methods, rows)),
+        "curves": {
+            method: {metric: [round(p, 5) for p in curve[m].tolist()] for metric, curve in curves.items()}
+            for m, method in enumerate(methods)
+        },
+        **({"blocks": rows[len(methods) :]} if len(by_block) else {}),
+    }
+
+
+def find_methods(words: list[str], decision: Decision) -> list[str]:
+    """The methods that --methods names; ours is always there, for the others are compared with it."""
+    unknown = [word for word in words if word not in (*METHODS, "all", "candidates")]
+    if unknown:
+        raise ValueError(f"methods: {unknown[0]!r} is none of them: all, candidates, {', '.join(METHODS)}")
+    as_ours = "daam-relu" if decision.bank is None else "daam-signed"
+    all_of_them = [method for method in METHODS if method not in (*CANDIDATES, as_ours)]
+    words = [w for word in words for w in {"all": all_of_them, "candidates": CANDIDATES}.get(word, [word])]
+    return list(dict.fromkeys(["daam", *words]))
+
+
+def find_photos(folder: Path, listed: Path | None) -> list[str]:
+    """Relative to the folder, sorted; all images in it and its sub-folders, or those of the list.
+
+    Raises:
+        ValueError: when there are none, or a photo of the list is not there.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"images: there is no folder {folder}")
+    if listed is not None and not listed.is_file():
+        raise ValueError(f"list: there is no file {listed}")
+    if listed is None:
+        found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if looks_like_image(name)]
+        names = sorted(file.relative_to(folder).as_posix() for file in found)
+    else:
+        names = sorted(
+            {line.strip() for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
+        )
+        missing = [name for name in names if not os.path.isfile(folder / name)]  # False, too, for what is no name
+        if missing:
+            raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")
+    if not names:
+        raise ValueError(f"images: {listed or f'the folder {folder}'} has no images")
+    return names
+
+
+def find_decision(options: argparse.Namespace) -> Decision:
+    name = EMBEDDED if options.model == "embedded" and options.checkpoint is None else options.model
+    if options.model == "embedded" and options.checkpoint is not None:
+        name = None if architecture_of(options.checkpoint) else EMBEDDED
+    loaded = load(name, options.checkpoint, find_device(options.device))
+    if loaded.num_classes != 0:
+        if options.bank is not None:
+            raise ValueError(f"bank: {loaded.name} has a classifier, whose scores are explained; leave it out")
+        return Decision(loaded)
+    bank = MemoryBank.load(options.bank or EMBEDDED_BANK, next(loaded.model.parameters()).device)
+    bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
+    return Decision(loaded, bank)
+
+
+def begin(out: Path, told: dict, settings: dict) -> None:
+    """Make the folder of a run, or go on with the run that is there.
+
+    Raises:
+        ValueError: when the run that is there has other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "run.json"
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        other = [key for key, value in settings.items() if there.get(key) != value]
+        if other:
+            raise ValueError(f"out: {out} holds a run with another {other[0]}; give another folder")
+    with whole_file(file) as part:
+        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def records_of(file: Path) -> list[dict]:
+    """What a run has recorded; a last line that a kill has cut is taken off the file."""
+    if not file.is_file():
+        return []
+    with open(file, "r+b") as lines:
+        lines.truncate(lines.read().rfind(b"\n") + 1)
+    return read_lines(file)
+
+
+def append(file: Path, record: dict) -> None:
+    """Add a line; it is on the disk when this returns."""
+    with open(file, "ab") as lines:
+        lines.write(json.dumps(record).encode() + b"\n")
+        lines.flush()
+        os.fsync(lines.fileno())
