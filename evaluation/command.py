@@ -7,7 +7,7 @@ import json
 import os
 import random
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
@@ -16,15 +16,16 @@ from tqdm import tqdm
 from daam_core import UnsupportedModel, overlay, render, whole_file
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
-from evaluation.methods import CANDIDATES, METHODS, Explained
+from evaluation.methods import CANDIDATES, METHODS, Explained, photo_seed
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
-from evaluation.report import read_lines, write_report
+from evaluation.report import read_lines, read_settings, write_report
 from evaluation.sanity import check, stages
 from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
 from models.command_line import Parser, find_device, number, versions
 from models.images import looks_like_image, read_image
 
+PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
 EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
 HELP = """the photos of the README's table:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
@@ -64,6 +65,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
+    sys.stdout.reconfigure(errors="replace")  # the tables have arrows
     try:
         evaluate(options)
     except (ValueError, OSError) as error:
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    photos = find_photos(options.images, options.list)
+    photos = find_photos(options.images, options.list, without=[options.out, options.annotations])
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
     decision = find_decision(options)
@@ -82,15 +84,17 @@ def evaluate(options: argparse.Namespace) -> None:
     settings = {
         "model": decision.loaded.name,
         "weights_sha256": weights_sha256(model),
-        "bank": decision.bank and str(decision.bank.directory),
+        "bank": decision.bank and str(options.bank or "embedded"),
+        "images": str(options.images),
+        "list": options.list and str(options.list),
+        "annotations": options.annotations and str(options.annotations),
         "methods": methods,
         "baselines": options.baselines,
         "steps": options.steps,
         "seed": options.seed,
-        "stages": stages(model) if hasattr(model, "blocks") else [],
+        "stages": stages(model),
     }
-    begin(options.out, settings | {"images": str(options.images), "photos": len(photos), "versions": versions(
-        "torch", "timm", "numpy")}, settings)  # fmt: skip
+    begin(options.out, settings, {"photos": len(photos), "versions": versions(*PACKAGES)})
     skipped = {}
 
     def explain(name: str) -> Explained:
@@ -100,9 +104,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     for file, chosen, record in [
         ("photos.jsonl", photos, lambda e, i: score(e, methods, options, i)),
-        ("sanity.jsonl", photos[: options.sanity if settings["stages"] else 0],
-         lambda e, i: {"methods": check(e, methods)}),
-    ]:  # fmt: skip
+        ("sanity.jsonl", photos[: options.sanity], lambda e, i: {"methods": check(e, methods)}),
+    ]:
         done = {line["photo"] for line in records_of(options.out / file)}
         todo = [(i, name) for i, name in enumerate(chosen) if name not in done]
         with tqdm(total=len(chosen), initial=len(chosen) - len(todo), desc=file.split(".")[0], unit="photo") as bar:
@@ -136,11 +139,12 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     by_block = explained.flow.accumulated[0].cpu() if options.blocks is None or i < options.blocks else maps[:0]
     every = torch.cat([maps, by_block])
     if not torch.isfinite(every).all():
-        raise FloatingPointError(f"a map of {name} is not finite")
+        raise ValueError(f"methods: a map of {name} is not finite")
     region = None
     if options.annotations is not None:
         region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
-    curves = removal_curves(decision, image, target, every, options.steps, options.baselines, options.seed + i)
+    seed = photo_seed(name, options.seed)
+    curves = removal_curves(decision, image, target, every, options.steps, options.baselines, seed)
     masked = masked_photo(decision, image, target, every, probability)
     rows = []
     for m, heat in enumerate(every):
@@ -172,8 +176,9 @@ def find_methods(words: list[str], decision: Decision) -> list[str]:
     return list(dict.fromkeys(["daam", *words]))
 
 
-def find_photos(folder: Path, listed: Path | None) -> list[str]:
-    """Relative to the folder, sorted; all images in it and its sub-folders, or those of the list.
+def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -> list[str]:
+    """Relative to the folder, sorted; all images in it and its sub-folders, or those of the list. What lies in one of
+    the folders `without` is none, and where masks lie beside the photos, a PNG is one that has the name of a photo.
 
     Raises:
         ValueError: when there are none, or a photo of the list is not there.
@@ -183,12 +188,17 @@ def find_photos(folder: Path, listed: Path | None) -> list[str]:
     if listed is not None and not listed.is_file():
         raise ValueError(f"list: there is no file {listed}")
     if listed is None:
-        found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if looks_like_image(name)]
+        others = {path.resolve() for path in without if path is not None} - {folder.resolve()}
+        walk = [(Path(root), names) for root, _, names in os.walk(folder, followlinks=True)]
+        walk = [(root, names) for root, names in walk if others.isdisjoint([root.resolve(), *root.resolve().parents])]
+        found = {root / name for root, names in walk for name in names if looks_like_image(name)}
+        if folder in without:
+            photos = {file.with_suffix("") for file in found if file.suffix.lower() != ".png"}
+            found = {file for file in found if file.suffix.lower() != ".png" or file.with_suffix("") not in photos}
         names = sorted(file.relative_to(folder).as_posix() for file in found)
     else:
-        names = sorted(
-            {line.strip() for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
-        )
+        lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        names = sorted({PurePosixPath(line.strip()).as_posix() for line in lines if line.strip()})
         missing = [name for name in names if not os.path.isfile(folder / name)]  # False, too, for what is no name
         if missing:
             raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")
@@ -211,21 +221,20 @@ def find_decision(options: argparse.Namespace) -> Decision:
     return Decision(loaded, bank)
 
 
-def begin(out: Path, told: dict, settings: dict) -> None:
-    """Make the folder of a run, or go on with the run that is there.
+def begin(out: Path, settings: dict, told: dict) -> None:
+    """Make the folder of a run, or go on with the run that is there; run.json holds the settings and what is told.
 
     Raises:
         ValueError: when the run that is there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "run.json"
-    if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
+    if (out / "run.json").is_file():
+        there = read_settings(out)
         other = [key for key, value in settings.items() if there.get(key) != value]
         if other:
             raise ValueError(f"out: {out} holds a run with another {other[0]}; give another folder")
-    with whole_file(file) as part:
-        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    with whole_file(out / "run.json") as part:
+        part.write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
 
 
 def records_of(file: Path) -> list[dict]:

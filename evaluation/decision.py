@@ -62,6 +62,16 @@ class Decision:
             vote = self._vote(outputs.float(), min(self.target_k, len(self.bank.labels)))
         return self.bank.importance_of(outputs, vote, classes).to(outputs, copy=True)  # no tensor of inference mode
 
+    def second(self, images: Tensor, classes: Tensor) -> Tensor | None:
+        """`(B,)`: the most probable class beside `classes`, with a bank by the votes of `target_k` neighbours; None
+        where an image has none."""
+        shares = self.shares(images)
+        if self.bank is not None:
+            with torch.inference_mode():
+                shares = self._vote(self.outputs(images).float(), min(self.target_k, len(self.bank.labels))).votes
+        others = shares.scatter(1, classes.unsqueeze(1), -1)
+        return others.argmax(1) if (others.amax(1) > 0).all() else None
+
     def class_name(self, index: int) -> str:
         names = self.loaded.class_names if self.bank is None else self.bank.class_names
         return names[index].split(", ")[0] if names else f"class {index}"

@@ -24,7 +24,7 @@ from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from daam_core import AttentionFlow, attention_flow
+from daam_core import AttentionFlow, UnsupportedModel, attention_flow
 from evaluation.decision import BATCH, Decision
 
 STEPS = 16
@@ -54,10 +54,13 @@ class Explained:
     def model(self) -> nn.Module:
         return self.decision.loaded.model
 
+    def flow_of(self, variant: str) -> AttentionFlow:
+        what = {"target": self.classes} if self.decision.bank is None else {"importance": self.seeds}
+        return attention_flow(self.model, self.images, **what, variant=variant)
+
     @cached_property
     def flow(self) -> AttentionFlow:
-        what = {"target": self.classes} if self.decision.bank is None else {"importance": self.seeds}
-        return attention_flow(self.model, self.images, **what)
+        return self.flow_of("paper")
 
     @cached_property
     def grid(self) -> tuple[int, int]:
@@ -65,16 +68,26 @@ class Explained:
 
     @cached_property
     def attention(self) -> list[_Attention]:
-        """Of every block, with the gradients of the score."""
+        """Of every block, with the gradients of the score.
+
+        Raises:
+            UnsupportedModel: when that is not the attention that the flow decomposes, row by row.
+        """
         images = self.images.detach().requires_grad_()  # the graph begins somewhere, also where the weights are frozen
         with torch.enable_grad(), _OpenAttention() as opened:
             score = (self.decision.outputs(images) * self.seeds).sum()
         seen = opened.seen
         tokens = self.flow.num_prefix_tokens + math.prod(self.grid)
-        if not seen or any(a.matrix.shape[-2:] != (tokens, tokens) for a in seen):
-            raise ValueError(
+        each_block = len(seen) == self.flow.block_maps.shape[1]
+        if not each_block or any(a.matrix.shape[-2:] != (tokens, tokens) for a in seen):
+            raise UnsupportedModel(
                 f"methods: the attention of {type(self.model).__name__} is not scaled_dot_product_attention of all "
                 f"{tokens} tokens block after block; {_WAY_OUT}"
+            )
+        if self.flow.decomposed.startswith("class and distillation token"):
+            raise UnsupportedModel(
+                f"methods: the score of {type(self.model).__name__} reads two tokens, and these methods follow one; "
+                f"{_WAY_OUT}"
             )
         tensors = [t for a in seen for t in (a.matrix, a.output)]
         gradients = iter(torch.autograd.grad(score, tensors))
@@ -101,7 +114,7 @@ class Explained:
         return tokens[:, self.flow.num_prefix_tokens :].unflatten(1, self.grid)
 
 
-_WAY_OUT = "leave out those methods, --methods daam random centre integrated-gradients"
+_WAY_OUT = "take those for any model: --methods daam-norm daam-last daam-signed daam-heads integrated-gradients centre"
 
 
 @dataclass(eq=False)
@@ -176,15 +189,13 @@ def daam_relu(explained: Explained) -> Tensor:
 
 def daam_signed(explained: Explained) -> Tensor:
     """The coefficients keep their sign: the variant with a classifier, the paper's own without one."""
-    maps = [(a.class_row() * a.coefficients()).sum((1, 3)).relu() for a in explained.attention]
-    return explained.on_grid(sum(maps))
+    return explained.flow_of("signed").accumulated[:, -1]
 
 
 def daam_heads(explained: Explained) -> Tensor:
-    """Signed coefficients, and ReLU head by head. It is what `gae` sums for the class token, ReLU(dY/dA * A), since
-    dY/dA[h, j] = C_b[h] . V_b[h, j]; without what that adds for the other tokens."""
-    maps = [(a.class_row() * a.coefficients()).sum(3).relu().sum(1) for a in explained.attention]
-    return explained.on_grid(sum(maps))
+    """Signed coefficients, and ReLU head by head. It is what `gae` sums for the class token, ReLU(dY/dA * A), without
+    what that adds for the other tokens."""
+    return explained.flow_of("heads").accumulated[:, -1]
 
 
 def daam_net(explained: Explained) -> Tensor:
@@ -215,6 +226,10 @@ def daam_residual(explained: Explained) -> Tensor:
 
 def _projected(explained: Explained, layer_scale: bool) -> Tensor:
     total = 0
+    _check_timm(explained, "its variants inside the projection", "blocks")
+    for block in explained.model.blocks:
+        if not (hasattr(block, "ls1") and isinstance(getattr(block.attn, "proj", None), nn.Linear)):
+            raise UnsupportedModel(f"methods: a {type(block).__name__} has no attn.proj and ls1; {_WAY_OUT}")
     for a, block, gradient in zip(explained.attention, explained.model.blocks, explained.residual_gradients):
         added = a.class_row().transpose(1, 2).flatten(2) @ block.attn.proj.weight.T  # (B, N, C)
         scale = getattr(block.ls1, "gamma", torch.ones_like(added[0, 0]))
@@ -222,7 +237,7 @@ def _projected(explained: Explained, layer_scale: bool) -> Tensor:
             added, gradient = added * scale, gradient[:, :1]
         else:
             gradient = gradient[:, :1] * scale
-        total = total + (added * gradient.relu()).sum(2).relu()
+        total = total + (added * gradient.relu()).sum(2).relu().detach()
     return explained.on_grid(total)
 
 
@@ -265,7 +280,7 @@ def legrad(explained: Explained) -> Tensor:
     read through norm and head; ReLU of the gradient of that score with respect to the block's attention, mean of heads,
     queries and blocks. For timm's models with `blocks`, `norm` and `forward_head`."""
     model, decision = explained.model, explained.decision
-    _check_timm(model, "legrad", "blocks", "norm", "forward_head")
+    _check_timm(explained, "legrad", "blocks", "norm", "forward_head")
     tokens: list[Tensor] = []
     hooks = [b.register_forward_hook(lambda module, args, output: tokens.append(output)) for b in model.blocks]
     try:
@@ -287,8 +302,8 @@ def legrad(explained: Explained) -> Tensor:
 def gradcam(explained: Explained) -> Tensor:
     """Grad-CAM: Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, by pytorch-grad-cam, at the first norm of the
     last block, as that library advises for ViTs."""
-    _check_timm(explained.model, "gradcam", "blocks")
-    grid, prefix = explained.grid, explained.flow.num_prefix_tokens  # before the library's hooks are on the model
+    _check_timm(explained, "gradcam", "blocks")
+    grid, prefix = explained.grid, explained.flow.num_prefix_tokens
 
     class OnGrid(GradCAM):
         """The map as it is, not stretched to the size of the picture."""
@@ -318,7 +333,7 @@ def gradcam(explained: Explained) -> Tensor:
 
 def integrated_gradients(explained: Explained) -> Tensor:
     """Integrated gradients: Sundararajan, Taly, Yan 2017, https://arxiv.org/abs/1703.01365, by captum: from the grey
-    picture that is zero after normalisation; 16 steps of Gauss-Legendre; summed over the pixels of every patch."""
+    picture that is zero after normalisation; 16 steps of Gauss-Legendre; the mean over the pixels of every patch."""
 
     def score(images: Tensor, seeds: Tensor) -> Tensor:
         return (explained.decision.outputs(images) * seeds).sum(1)
@@ -331,12 +346,13 @@ def integrated_gradients(explained: Explained) -> Tensor:
 
 def random(explained: Explained) -> Tensor:
     """A control: uniform noise, the same for the same photo and seed."""
-    maps = []
-    for name in explained.names:
-        digest = hashlib.sha256(f"{explained.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        maps.append(torch.rand(explained.grid, generator=generator))
-    return torch.stack(maps).to(explained.images.device)
+    generators = [torch.Generator().manual_seed(photo_seed(name, explained.seed)) for name in explained.names]
+    return torch.stack([torch.rand(explained.grid, generator=g) for g in generators]).to(explained.images.device)
+
+
+def photo_seed(name: str, seed: int) -> int:
+    """The same for a photo wherever it stands in a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
 
 
 def centre(explained: Explained) -> Tensor:
@@ -346,13 +362,15 @@ def centre(explained: Explained) -> Tensor:
     return (2**0.5 - (x**2 + y**2).sqrt()).expand(len(explained.images), h, w).to(explained.images.device)
 
 
-def _check_timm(model: nn.Module, method: str, *attributes: str) -> None:
-    missing = [name for name in attributes if not hasattr(model, name)]
+def _check_timm(explained: Explained, method: str, *attributes: str) -> None:
+    """Raise an `UnsupportedModel` unless the model has these, and one attention of all tokens a block."""
+    missing = [name for name in attributes if not hasattr(explained.model, name)]
     if missing:
-        raise ValueError(
-            f"methods: {method} reads timm's {', '.join(attributes)}, but {type(model).__name__} has no "
+        raise UnsupportedModel(
+            f"methods: {method} reads timm's {', '.join(attributes)}, but {type(explained.model).__name__} has no "
             f"{', '.join(missing)}; {_WAY_OUT}"
         )
+    _ = explained.attention  # raises
 
 
 METHODS: dict[str, Callable[[Explained], Tensor]] = {
@@ -378,4 +396,4 @@ METHODS: dict[str, Callable[[Explained], Tensor]] = {
 """By name; what --methods takes."""
 
 CANDIDATES = ["daam-net", "daam-share", "daam-projection", "daam-residual"]
-"""Variants that were tried, see the README; not in "all"."""
+"""More variants, which the README tells about; not in "all"."""

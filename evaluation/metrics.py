@@ -1,7 +1,8 @@
 """What a map `(h, w)`, one value a patch, is worth: by removing patches, and by where the object is known to be.
 
 Every number says in `METRICS` which direction is good. Patches of the same value are ranked at random, by a seed of the
-photo, so that a flat map is no better than chance.
+photo, so that a flat map is no better than chance. Negative values count as such where patches are ranked, and as zero
+elsewhere.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def removal_curves(
 ) -> dict[str, Tensor]:
     """Probability of the class `target` while patches are removed, or put back into the baseline, the largest first.
 
-    Deletion and insertion: Petsiuk, Das, Saenko 2018 (RISE), https://arxiv.org/abs/1806.07421, Sec. 4.3, by patches.
+    Deletion and insertion: Petsiuk, Das, Saenko 2018 (RISE), https://arxiv.org/abs/1806.07421, by patches.
 
     Args:
         image: `(3, H, W)`.
@@ -119,7 +120,8 @@ def unit(heat: Tensor) -> Tensor:
 
 
 def sparsity(heat: Tensor) -> float:
-    """Gini index of the values `(h, w)`, negative ones cut off: 0 for a flat map, towards 1 where one patch has all.
+    """Gini index of the values `(h, w)` as they are, negative ones cut off: 0 for a flat map, towards 1 where one patch
+    has all. A floor that a method adds to its map counts (that of Grad-CAM is taken off by its library).
     Hurley and Rickard 2009, https://arxiv.org/abs/0811.4706, Table I."""
     values = heat.double().clamp(min=0).flatten().sort().values
     if values.sum() == 0:
@@ -133,9 +135,10 @@ def localisation(heat: Tensor, region: np.ndarray) -> dict[str, float]:
     """Of a map `(h, w)` and the region of the object `(H, W)` bool.
 
     Returns:
-        `energy`: the share of the map inside the region, each patch counted by how much of it lies there (Wang et al.
-        2020, Score-CAM, https://arxiv.org/abs/1910.01279, Sec. 4.3); `iou`: of the region and the map above its mean,
-        at the size of the photo (the threshold of Chefer, Gur, Wolf 2021, https://arxiv.org/abs/2012.09838, Sec. 4).
+        `energy`: the share of the map, stretched to 0..1, inside the region, each patch counted by how much of it lies
+        there (Wang et al. 2020, Score-CAM, https://arxiv.org/abs/1910.01279, Sec. 4.3); `iou`: of the region and the
+        map above its mean, at the size of the photo (the threshold of Chefer, Gur, Wolf 2021,
+        https://arxiv.org/abs/2012.09838, Sec. 4).
     """
     heat = unit(heat).cpu()
     inside = torch.from_numpy(region.astype(np.float32))

@@ -50,15 +50,16 @@ MEANINGS = {
     "deletion": "area under the probability of the class while patches are removed, the most relevant first (Petsiuk "
     "et al. 2018, [RISE](https://arxiv.org/abs/1806.07421)); what is removed becomes its mean colour or a blur",
     "insertion": "the same while they are put back into the mean colour or the blur",
-    "average_drop": "how much of the probability is lost when the photo is multiplied by the map (Chattopadhay et al. "
+    "average_drop": "how much of the probability is lost when the photo is multiplied by the map (Chattopadhyay et al. "
     "2018, [Grad-CAM++](https://arxiv.org/abs/1710.11063))",
     "increase": "photos whose probability rises by that (same source)",
-    "energy": "share of the map inside the object (Wang et al. 2020, [Score-CAM](https://arxiv.org/abs/1910.01279))",
-    "iou": "overlap of the object and the map above its mean (Chefer et al. 2021, "
+    "energy": "share of the map inside the annotated objects, whatever their class (Wang et al. 2020, [Score-CAM](https://arxiv.org/abs/1910.01279))",
+    "iou": "overlap of the annotated objects and the map above its mean (Chefer et al. 2021, "
     "[Transformer Interpretability](https://arxiv.org/abs/2012.09838))",
     "sparsity": "Gini index of the map, 0 flat to 1 one patch (Hurley and Rickard 2009, "
     "[Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
-    "randomised": "rank correlation with the map of the model whose weights are all random (Adebayo et al. 2018, "
+    "randomised": "rank correlation, without its sign, with the map of the model whose weights are all random, one "
+    "draw for all photos (Adebayo et al. 2018, "
     "[Sanity Checks](https://arxiv.org/abs/1810.03292))",
     "class": "rank correlation with the map of another class",
     "flip": "rank correlation with the map of the mirrored photo, mirrored back",
@@ -116,13 +117,19 @@ def block_values(photos: Iterable[dict]) -> Values:
 
 
 def sanity_values(sanity: Iterable[dict], methods: Sequence[str]) -> Values:
-    """The correlations of the records of `sanity.jsonl`; of the randomised stages, the last."""
+    """The correlations of the records of `sanity.jsonl`; of the randomised stages the last, without its sign, since an
+    inverted map is as much bound to the original as the map itself."""
+
+    def value(of: dict, metric: str) -> float | None:
+        if metric == "randomised":
+            return abs(of[metric][-1]) if of.get(metric) else None
+        return of.get(metric)
+
     return _nested(
-        (metric, method, record["photo"], (of.get(metric) or [None])[-1] if metric == "randomised" else of.get(metric))
+        (metric, method, record["photo"], value(record["methods"].get(method, {}), metric))
         for metric in SANITY
         for method in methods
         for record in sanity
-        for of in [record["methods"].get(method, {})]
     )
 
 
@@ -395,14 +402,14 @@ def sanity_figure(sanity: Sequence[dict], run: dict) -> Figure | None:
     for method, style in line_styles(run["methods"]).items():
         falls = [fall for record in sanity if (fall := record["methods"].get(method, {}).get("randomised"))]
         if falls:
-            panel.plot(range(len(stages)), [1, *np.mean(falls, 0)], label=method, **style)
+            panel.plot(range(len(stages)), [1, *np.abs(falls).mean(0)], label=method, **style)
     if not panel.lines:
         return None
     panel.axhline(0, color="black", linewidth=0.6, zorder=0)
     panel.set_xticks(range(len(stages)), stages, rotation=45, ha="right", rotation_mode="anchor")
     panel.set_xlim(0, len(stages) - 1)
     panel.set_xlabel("random weights down to here, from the top")
-    panel.set_ylabel("rank correlation with the map as trained")
+    panel.set_ylabel("|rank correlation| with the map as trained")
     panel.set_title("a map that depends on what was learned falls to 0", fontsize=11)
     return _with_legend(figure, np.array([[panel]]))
 
@@ -578,14 +585,27 @@ def read_run(directory: str | Path) -> tuple[dict, list[dict], list[dict]]:
         ValueError: when there is no run or no photo is done, or a file is damaged.
     """
     directory = Path(directory)
-    try:
-        run = json.loads((directory / "run.json").read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"directory: {directory} has no run.json; name the folder of an evaluation") from None
-    except ValueError:
-        raise ValueError(f"directory: {directory / 'run.json'} is damaged; run the evaluation again") from None
+    run = read_settings(directory)
     files = [directory / "photos.jsonl", directory / "sanity.jsonl"]
     photos, sanity = ({r["photo"]: r for r in read_lines(path)} if path.exists() else {} for path in files)
     if not photos:
         raise ValueError(f"directory: no photo in {directory} is done; let the evaluation run for longer")
     return run, list(photos.values()), list(sanity.values())
+
+
+def read_settings(directory: str | Path) -> dict:
+    """`run.json`.
+
+    Raises:
+        ValueError: when it is not there, or damaged.
+    """
+    file = Path(directory, "run.json")
+    try:
+        run = json.loads(file.read_bytes())
+        if not isinstance(run, dict):
+            raise ValueError
+    except FileNotFoundError:
+        raise ValueError(f"directory: {directory} has no run.json; name the folder of an evaluation") from None
+    except ValueError:
+        raise ValueError(f"directory: {file} is damaged; run the evaluation again, in another folder") from None
+    return run

@@ -23,16 +23,13 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
 
     flip: the map of the mirrored photo, mirrored back; near 1 if the map goes with the picture.
     class: the map of the most probable other class; low if the map is of a class. None where there is none.
-    randomised: the maps after every stage of `randomised_models`; low if the map depends on what was learned.
+    randomised: the maps after every stage of `randomised_models`, empty for models without `blocks`; near 0 if the map
+        depends on what was learned.
     """
     maps = {name: METHODS[name](explained)[0] for name in methods}
     flipped = replace(explained, images=explained.images.flip(-1))
-    shares = explained.decision.shares(explained.images)
-    second = shares.scatter(1, explained.classes[:, None], -1).argmax(1)
-    try:
-        other = replace(explained, classes=second, seeds=None) if shares.shape[1] > 1 else None
-    except ValueError:  # none of the neighbours is of another class
-        other = None
+    second = explained.decision.second(explained.images, explained.classes)
+    other = None if second is None else replace(explained, classes=second, seeds=None)
     found = {
         name: {
             "flip": rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
@@ -50,21 +47,29 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
 
 
 def stages(model: nn.Module) -> list[str]:
-    """The parts of timm's models that are randomised, in this order: "head", "block 12", ..., "block 1"."""
-    return ["head", *(f"block {b}" for b in range(len(model.blocks), 0, -1))]
+    """The parts of a model that are randomised, in this order: "head", "block 12", ..., "block 1", "embedding"; none
+    for models without timm's `blocks`."""
+    blocks = len(getattr(model, "blocks", ()))
+    return ["head", *(f"block {b}" for b in range(blocks, 0, -1)), "embedding"] if blocks else []
 
 
 def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """A copy of a model whose weights become random, stage after stage, the last norm with the head. Every weight gets
-    a normal distribution of the mean and deviation that it had, so that nothing but what was learned is lost."""
+    """A copy of a model whose weights become random, stage after stage: norm and head, the blocks from the last to the
+    first, then the rest, patch and position embedding. Every weight gets a normal distribution of the mean and
+    deviation that it had, so that nothing but what was learned is lost."""
+    names = stages(model)
+    if not names:
+        return
     model = copy.deepcopy(model)
     top = [getattr(model, name) for name in ("norm", "fc_norm", "head") if hasattr(model, name)]
     generator = torch.Generator().manual_seed(seed)
-    for stage, modules in zip(stages(model), [top, *([block] for block in reversed(model.blocks))]):
+    seen = set()
+    for stage, modules in zip(names, [top, *([block] for block in reversed(model.blocks)), [model]]):
         with torch.no_grad():
-            for parameter in (p for module in modules for p in module.parameters()):
+            for parameter in (p for module in modules for p in module.parameters() if p not in seen):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.copy_(parameter.mean() + noise * parameter.std(unbiased=False))
+                seen.add(parameter)
         yield stage, model
 
 

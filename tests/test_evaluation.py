@@ -12,10 +12,10 @@ from test_memorybank import rows, write_bank
 from tiny_models import build, random_images, tiny_vit
 from torch import nn
 
-from daam_core import attention_flow, features
+from daam_core import UnsupportedModel, attention_flow, features
 from evaluation import metrics, sanity
 from evaluation.decision import Decision
-from evaluation.methods import METHODS, Explained
+from evaluation.methods import METHODS, Explained, photo_seed
 from memorybank import MemoryBank
 from models import LoadedModel
 
@@ -107,9 +107,6 @@ def test_ours_and_variants(case):
         projection = projection + (moved * (R * gamma).clamp(min=0)).sum(2).clamp(min=0)
         residual = residual + (moved * gamma * R.clamp(min=0)).sum(2).clamp(min=0)
     close(METHODS["daam-signed"](explained), grid(signed, prefix))
-    for variant in ("signed", "heads"):  # as daam_core offers them
-        flow = attention_flow(model, explained.images, [3, 1], variant=variant)
-        close(METHODS[f"daam-{variant}"](explained), flow.accumulated[:, -1])
     close(METHODS["daam-heads"](explained), grid(heads, prefix))
     close(METHODS["daam-net"](explained), grid(net, prefix))
     close(METHODS["daam-share"](explained), share)
@@ -166,6 +163,7 @@ def test_controls():
     assert torch.equal(noise, METHODS["random"](explained)) and not torch.equal(noise[0], noise[1])
     assert not torch.equal(noise, METHODS["random"](replace(explained, seed=1)))
     assert torch.equal(METHODS["random"](replace(explained, names=["b", "a"])), noise.flip(0))
+    assert photo_seed("a", 0) != photo_seed("b", 0) != photo_seed("b", 1)
     centre = METHODS["centre"](explained)[0]
     assert torch.equal(centre, centre.flip(0)) and torch.equal(centre, centre.T) and (centre >= 0).all()
     assert centre[1, 1] > centre[0, 1] > centre[0, 0]
@@ -214,10 +212,10 @@ def test_hooks_are_removed_after_an_exception():
         def forward(self, x):
             raise RuntimeError("broken")
 
-    for method in ("legrad", "daam-residual"):
+    for method in ("legrad", "gradcam", "daam-residual"):
         model = tiny_vit()
         explained = explained_of(model)
-        explained.flow  # noqa: B018
+        assert explained.attention
         model.norm = Broken()
         with pytest.raises(RuntimeError, match="broken"):
             METHODS[method](explained)
@@ -231,11 +229,23 @@ def test_models_that_a_method_does_not_know():
         ValueError, match="^methods: the attention of Cait is not scaled_dot_product_attention of all 17"
     ):
         METHODS["rollout"](explained_of(cait))
+    for method in ("legrad", "gradcam", "daam-residual", "daam-relu"):
+        with pytest.raises(UnsupportedModel, match="^methods: "):
+            METHODS[method](explained_of(cait))
     plain = nn.Module()
-    with pytest.raises(
-        ValueError, match="^methods: legrad reads timm's blocks, norm, forward_head, but Module has no "
-    ):
+    with pytest.raises(UnsupportedModel, match="^methods: legrad reads timm's blocks, norm, forward_head, but Module"):
         METHODS["legrad"](replace(explained_of(tiny_vit()), decision=decision_of(plain)))
+    distilled = build(timm.create_model, "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2,
+                      num_classes=5)  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="^methods: the score of VisionTransformerDistilled reads two tokens"):
+        METHODS["attention"](explained_of(distilled))
+    for explained in (explained_of(distilled), explained_of(cait)):  # those that follow the flow
+        for variant in ("signed", "heads"):
+            flow = attention_flow(explained.model, explained.images, [3, 1], variant=variant)
+            close(METHODS[f"daam-{variant}"](explained), flow.accumulated[:, -1])
+        assert (
+            sanity.check(explained_of(cait, random_images(1, 3, 32, 32)), ["daam", "centre"])["centre"]["flip"] > 0.99
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,18 +393,19 @@ def test_localisation():
 
 
 def test_randomised_models():
-    model = tiny_vit()
+    model = tiny_vit(reg_tokens=2)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     names = []
     for stage, other in sanity.randomised_models(model):
         names.append(stage)
         changed = {n.split(".")[0] + (f".{n.split('.')[1]}" if n.startswith("blocks") else "")
                    for n, p in other.state_dict().items() if not torch.equal(p, before[n])}  # fmt: skip
-        blocks = {f"blocks.{3 - i}" for i in range(1, len(names))}
-        assert changed == {"norm", "head"} | blocks
+        blocks = {f"blocks.{3 - i}" for i in range(1, min(len(names), 4))}
+        rest = {"cls_token", "reg_token", "pos_embed", "patch_embed"} if stage == "embedding" else set()
+        assert changed == {"norm", "head"} | blocks | rest
         weight = other.head.weight
         assert weight.std().item() == pytest.approx(before["head.weight"].std().item(), rel=0.3)
-    assert names == sanity.stages(model) == ["head", "block 3", "block 2", "block 1"]
+    assert names == sanity.stages(model) == ["head", "block 3", "block 2", "block 1", "embedding"]
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     again = [m.blocks[0].attn.qkv.weight.sum() for _, m in sanity.randomised_models(model)][-1]
     assert again == other.blocks[0].attn.qkv.weight.sum()
@@ -413,11 +424,11 @@ def test_sanity_of_methods():
     assert found["centre"] == {
         "flip": pytest.approx(1),
         "class": pytest.approx(1),
-        "randomised": pytest.approx([1] * 4),
+        "randomised": pytest.approx([1] * 5),
     }
     assert found["attention"]["class"] == pytest.approx(1) and abs(found["daam"]["class"]) < 0.999
     assert found["attention"]["randomised"][0] == pytest.approx(1)  # the head is not in its maps
-    assert found["attention"]["randomised"][-1] < 0.9 and len(found["daam"]["randomised"]) == 4
+    assert found["attention"]["randomised"][-1] < 0.9 and len(found["daam"]["randomised"]) == 5
     model, images, top = explained.model, explained.images, explained.decision.shares(explained.images)
     second = next(k for k in top[0].argsort(descending=True).tolist() if k != 3)
     maps = [
@@ -425,6 +436,17 @@ def test_sanity_of_methods():
     ]
     assert found["daam"]["class"] == pytest.approx(sanity.rank_correlation(maps[0], maps[1]), abs=1e-3)
     assert found["daam"]["flip"] == pytest.approx(sanity.rank_correlation(maps[0], maps[2].flip(1)), abs=1e-3)
+
+
+def test_second_class_of_a_bank(bank):
+    """By the votes of more neighbours than those that voted on the first."""
+    decision = decision_of(tiny_vit(num_classes=0), bank, k=1, target_k=60)
+    images = random_images(3, 3, 32, 32)
+    first, second = decision.shares(images).argmax(1), None
+    second = decision.second(images, first)
+    votes = bank.classify(features(decision.loaded.model, images).detach(), 60).votes
+    for row, k, other in zip(votes, first.tolist(), second.tolist()):
+        assert other == max((c for c in range(4) if c != k), key=lambda c: row[c])
 
 
 def test_no_second_class(bank):

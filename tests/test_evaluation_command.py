@@ -16,6 +16,7 @@ from PIL import Image
 from test_script import ROOT, offline, one_line_error  # noqa: F401
 from tiny_models import build
 
+from evaluation.command import find_photos
 from evaluation.methods import METHODS
 
 
@@ -100,7 +101,7 @@ def test_what_is_written(evaluated):
     first = next(record for record in found if "blocks" in record)
     assert first["blocks"][-1] == first["scores"]["daam"]  # A_3 is the explanation
     sanity = lines(out / "sanity.jsonl")
-    assert len(sanity) == 1 and len(sanity[0]["methods"]["daam"]["randomised"]) == 4
+    assert len(sanity) == 1 and len(sanity[0]["methods"]["daam"]["randomised"]) == 5
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table.strip() in result.stdout and "attention" in table
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
@@ -121,11 +122,51 @@ def test_same_command_again_computes_nothing_new(evaluated, offline):  # noqa: F
     assert before == {p.name: p.read_bytes() for p in out.glob("*.jsonl")} and (out / "table.md").read_bytes() == table
 
 
-@pytest.mark.parametrize("other, name", [(("--methods", "daam"), "methods"), (("--steps", 3), "steps")])
+@pytest.mark.parametrize(
+    "other, name",
+    [(("--methods", "daam"), "methods"), (("--steps", 3), "steps"), (("--annotations", ".img"), "annotations")],
+)
 def test_other_settings_need_another_folder(other, name, evaluated, offline):  # noqa: F811
     out, _, options = evaluated
     result = run(*options, *other, "--out", out, env=offline)
     one_line_error(result, f"error: out: {out} holds a run with another {name}; give another folder")
+
+
+def test_a_damaged_run(evaluated, offline, tmp_path):  # noqa: F811
+    (tmp_path / "run.json").write_text("[]")
+    result = run(*evaluated[2], "--out", tmp_path, env=offline)
+    one_line_error(result, "run.json is damaged; run the evaluation again, in another folder")
+
+
+def test_photos_of_a_folder(tmp_path):
+    """Masks beside the photos, earlier results and hidden files are none; links to folders are followed."""
+    place = tmp_path / "photos"
+    (place / "out").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.jpg", "a.png", "b.png", ".c.png", "out/curves.png"):
+        (place / name).touch()
+    (tmp_path / "elsewhere" / "d.jpg").touch()
+    (place / "linked").symlink_to(tmp_path / "elsewhere")
+    assert find_photos(place, None, [place / "out", None]) == ["a.jpg", "a.png", "b.png", "linked/d.jpg"]
+    assert find_photos(place, None, [place / "out", place]) == ["a.jpg", "b.png", "linked/d.jpg"]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\ufeff./b.png\n\nb.png\na.jpg\n", encoding="utf-8")
+    assert find_photos(place, listed, []) == ["a.jpg", "b.png"]
+
+
+def test_a_model_that_a_method_does_not_know(some, offline, tmp_path):  # noqa: F811
+    """One line, not one a photo."""
+    arguments = {"img_size": 64, "depth": 2, "num_classes": 5}
+    weights = build(timm.create_model, "cait_xxs24_224", **arguments).state_dict()
+    metadata = {"architecture": "cait_xxs24_224", "model_args": json.dumps(arguments)}
+    safetensors.torch.save_file(weights, tmp_path / "cait.safetensors", metadata)
+    options = ("--checkpoint", tmp_path / "cait.safetensors", "--images", some, "--out", tmp_path / "out", *QUICK)
+    one_line_error(run(*options, env=offline), "error: methods: the attention of Cait is not scaled_dot_product_")
+    result = run(
+        *options[: -len(QUICK) - 1], tmp_path / "other", *QUICK, "--methods", "daam-heads", "centre", env=offline
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(lines(tmp_path / "other" / "sanity.jsonl")) == 1
 
 
 def test_a_killed_run_goes_on(some, weights, offline, tmp_path):  # noqa: F811
@@ -142,16 +183,13 @@ def test_a_killed_run_goes_on(some, weights, offline, tmp_path):  # noqa: F811
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = file.read_bytes().count(b"\n")
-    assert done >= 1
+    assert 1 <= done < 3
     with open(file, "ab") as cut:
         cut.write(b'{"photo": "flower.jpg", "sco')
     result = run(*options, "--out", killed, env=offline)
     assert result.returncode == 0, result.stderr
-    key = lambda record: record["photo"]  # noqa: E731
-    for first, second in zip(sorted(lines(whole / "photos.jsonl"), key=key), sorted(lines(file), key=key), strict=True):
-        assert first["photo"] == second["photo"]
-        for method, scores in first["scores"].items():
-            assert scores == pytest.approx(second["scores"][method], abs=1e-4)
+    for name in ("photos.jsonl", "sanity.jsonl"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
 def test_self_supervised(some, offline, tmp_path):  # noqa: F811

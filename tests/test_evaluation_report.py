@@ -117,6 +117,8 @@ def test_values_by_metric_method_and_photo():
     sanity = [{"photo": "a", "methods": {"daam": {"flip": 0.9, "class": None, "randomised": [0.8, 0.3]}}}]
     assert sanity_values(sanity, ["daam"]) == {"randomised": {"daam": {"a": 0.3}}, "flip": {"daam": {"a": 0.9}}}
     assert sanity_values([{"photo": "a", "methods": {"daam": {"randomised": []}}}], ["daam"]) == {}
+    inverted = [{"photo": "a", "methods": {"daam": {"randomised": [0.8, -0.3]}}}]
+    assert sanity_values(inverted, ["daam"]) == {"randomised": {"daam": {"a": 0.3}}}
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_figures_draw_the_means(tmp_path):
 
     sanity[1]["methods"]["daam"]["randomised"] = [0.6, 0.1, -0.1]
     lines = sanity_figure(sanity, run).axes[0].lines
-    np.testing.assert_allclose(lines[0].get_ydata(), [1, 0.7, 0.3, 0])
+    np.testing.assert_allclose(lines[0].get_ydata(), [1, 0.7, 0.3, 0.1])  # without the sign
     assert [text.get_text() for text in lines[0].axes.get_xticklabels()] == ["as trained", *STAGES]
 
     rows = statistics(block_values(photos))
@@ -454,7 +456,7 @@ def test_errors_of_a_folder(tmp_path):
 
     assert message() == f"directory: {tmp_path} has no run.json; name the folder of an evaluation"
     (tmp_path / "run.json").write_text("{")
-    assert message() == f"directory: {tmp_path / 'run.json'} is damaged; run the evaluation again"
+    assert message() == f"directory: {tmp_path / 'run.json'} is damaged; run the evaluation again, in another folder"
     write_run(tmp_path, [])
     assert message() == f"directory: no photo in {tmp_path} is done; let the evaluation run for longer"
     (tmp_path / "photos.jsonl").write_text("{\n")

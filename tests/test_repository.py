@@ -1,5 +1,6 @@
 """What the README and the package files say is true."""
 
+import csv
 import os
 import re
 import shlex
@@ -67,6 +68,39 @@ def test_commands_with_options(line, place):
         assert (place / result.stdout.splitlines()[-1].split(" -> ")[1]).is_file()
 
 
+def test_evaluation_command(place):
+    """The README's, of one photo."""
+    install, line = block("evaluation").splitlines()
+    assert install == 'pip install -e ".[evaluation]"'
+    program, *options = shlex.split(line)
+    result = run([sys.executable, *options, "--limit", "1", "--steps", "2", "--sanity", "0"], place)
+    assert program == "python" and result.returncode == 0, result.stderr
+    assert (place / "evaluated" / "sheet.png").is_file() and "| integrated-gradients |" in result.stdout
+
+
+@pytest.mark.parametrize("line", block("held-out photos").splitlines())
+def test_evaluation_of_the_held_out_photos(line, place):
+    """Without them it gets as far as their folder."""
+    program, *options = shlex.split(line)
+    result = run([sys.executable, *options], place)
+    assert program == "python" and result.returncode == 2
+    assert result.stderr == "error: images: there is no folder 101_ObjectCategories\n"
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_caltech101", "vit_small_patch14_selfsupervised"])
+def test_tables_of_the_evaluation_are_what_was_measured(name):
+    """Those of the README, those of the folder of results, and their numbers."""
+    folder = ROOT / "evaluation" / "results" / name
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert table in README
+    measured = list(csv.DictReader((folder / "table.csv").open(encoding="utf-8")))
+    assert len({row["method"] for row in measured}) == 13
+    for row in measured:
+        if row["metric"].startswith(("deletion", "insertion")):
+            line = next(line for line in table.splitlines() if line.startswith(f"| {row['method']} "))
+            assert f"{float(row['mean']):.3f}" in line.replace("*", "")
+
+
 @pytest.mark.parametrize("line", block("libraries").splitlines())
 def test_commands_that_fetch_weights(line, place):
     """Without a hub they get as far as the weights."""
@@ -115,7 +149,7 @@ def test_python_files_do_nothing_when_imported(tmp_path):
     code = (
         "import random, sys, threading, numpy, torch\n"
         "state = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1]\n"
-        "import daam_core, models, models.images, models.command_line, memorybank, memorybank.build\n"
+        "import daam_core, models, models.images, models.command_line, memorybank, memorybank.build, evaluation\n"
         "import VIT_DynamicAccumulatedAttentionMap_oneSample, DINO_DAAM_Visualization_oneSample\n"
         "assert state[0] == random.getstate() and torch.equal(state[1], torch.get_rng_state())\n"
         "assert (state[2] == numpy.random.get_state()[1]).all() and threading.active_count() == 1\n"

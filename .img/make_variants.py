@@ -1,0 +1,56 @@
+"""Draw variants.jpg: what the evaluation found, on photos of this folder: the map of the paper and of variant="heads",
+accumulated and of the last block alone, by the embedded model.
+
+    python .img/make_variants.py
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from daam_core import attention_flow, overlay, render, whole_file  # noqa: E402
+from models import load  # noqa: E402
+from models.images import read_image  # noqa: E402
+
+PHOTOS = ("china.jpg", "motorcycle_left.png", "chelsea.png")
+COLUMNS = ("", "paper: A_12", "paper: block 12", "heads: A_12", "heads: block 12")
+WIDTH, GAP, LINE = 240, 6, 24
+
+
+def row(loaded, photo: Image.Image) -> list[Image.Image]:
+    """The photo and its four maps."""
+    small = photo.resize((WIDTH, round(WIDTH * photo.height / photo.width)), Image.Resampling.LANCZOS)
+    tiles = [small]
+    for variant in ("paper", "heads"):
+        flow = attention_flow(loaded.model, loaded.transform(photo).unsqueeze(0), variant=variant)
+        share = (flow.block_maps[0, -1].sum() / flow.accumulated[0, -1].sum()).item()
+        for maps, text in ((flow.accumulated[0, -1:], ""), (flow.block_maps[0, -1:], f"{share:.0%} of A_12")):
+            tile = overlay(small, render(maps))[0]
+            font = ImageFont.load_default(15)
+            ImageDraw.Draw(tile).text((6, 4), text, "white", font, stroke_width=2, stroke_fill="black")
+            tiles.append(tile)
+    return tiles
+
+
+def main() -> None:
+    loaded = load("vit_small_patch14_caltech101")
+    rows = [row(loaded, read_image(HERE / name)) for name in PHOTOS]
+    height = LINE + sum(tiles[0].height + GAP for tiles in rows)
+    page = Image.new("RGB", (len(COLUMNS) * (WIDTH + GAP) - GAP, height), "white")
+    for i, title in enumerate(COLUMNS):
+        x = i * (WIDTH + GAP)
+        ImageDraw.Draw(page).text((x + WIDTH / 2, LINE / 2), title, "black", ImageFont.load_default(16), anchor="mm")
+        y = LINE
+        for tiles in rows:
+            page.paste(tiles[i], (x, y))
+            y += tiles[i].height + GAP
+    with whole_file(HERE / "variants.jpg") as part:
+        page.save(part, "JPEG", quality=88)
+
+
+if __name__ == "__main__":
+    main()
