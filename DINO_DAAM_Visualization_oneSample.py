@@ -94,8 +94,8 @@ NORM = False
 # average the patches.
 ROWS = "class"
 
-# "paper" is the method of the paper. Variants of it: "signed", coefficients keep their sign; "heads", that, and ReLU
-# head by head. The README says how they compare.
+# "paper" is the method of the paper, whose coefficients keep their sign here ("signed" is the same). A variant of it:
+# "heads", ReLU head by head. The README says how they compare.
 VARIANT = "paper"
 
 # Size of the frames: "image" is the photo's own, "model" the square that the model sees (as in the paper), and a number

@@ -452,7 +452,8 @@ def test_the_model_sees_batches_and_no_photo_is_held(watched, weights, photos, t
     assert script.main([*options, "--batch", "3"]) == 2
     assert [(size, held) for size, _, held in watched] == [(3, 0), (2, 0)]  # the fourth cannot be read
     assert script.main([*options, "--memory", "low", "--rows", "patches", "--norm"]) == 2
-    assert watched[2][1] == {"norm": True, "rows": "patches", "memory": "low"} and watched[2][0] == 5
+    asked = {"norm": True, "rows": "patches", "memory": "low", "variant": "paper"}
+    assert watched[2][1] == asked and watched[2][0] == 5
     assert len(list((tmp_path / "out" / "tiny").iterdir())) == 10
     flow = json.loads(next((tmp_path / "out").rglob("coffee-*-patches/flow.json")).read_text())
     assert flow["settings"]["memory"] == "low" and flow["settings"]["dtype"] == "float32"
@@ -552,6 +553,23 @@ def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
     assert (folder / "flow.gif").is_file() and (folder / "evolution.png").is_file()
     last = flow["evolution"]["blocks"][11]["probability"]["1"]
     assert last == pytest.approx(flow["target"]["probability"], abs=1e-4)
+
+
+def test_variant(weights, offline, tmp_path):
+    options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
+    for variant in (["--variant", "heads"], []):
+        result = run(*options, *variant, env=offline)
+        assert result.returncode == 0, result.stderr
+    heads, paper = (tmp_path / "out" / "tiny" / f"coffee-dog{suffix}" for suffix in ("-heads", ""))
+    told = [json.loads((folder / "flow.json").read_text()) for folder in (heads, paper)]
+    assert [flow["settings"]["variant"] for flow in told] == ["heads", "paper"]
+    assert told[0]["method"] == "Dynamic Accumulated Attention Map, variant heads"
+    assert told[1]["method"] == "Dynamic Accumulated Attention Map"
+    maps = [np.load(folder / "maps.npz")["accumulated"] for folder in (heads, paper)]
+    assert not np.allclose(*maps, rtol=0.01)
+    one_line_error(
+        run(*options, "--variant", "relu", env=offline), "--variant: expected paper, signed or heads, got 'relu'"
+    )
 
 
 def test_rows_that_a_family_has_not(offline, tmp_path):
