@@ -1736,7 +1736,7 @@ def evolution_picture(
     )
     text(24, 68, f"{verdict}. {quantity.capitalize()} after the last block: {', '.join(ends)}.", 18, most=width - 48)
 
-    heading(maps + 8, "Where it looks", "the map accumulated", "up to each block:", "blue little, red much")
+    heading(maps + 8, "What counts so far", "the map accumulated", "up to each block:", "blue little, red much")
     for b, x in enumerate(centres, 1):
         text(x, maps - 18, f"block {b}", 15, anchor="mm")
     for k, row in enumerate(frames):

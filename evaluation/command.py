@@ -29,7 +29,7 @@ PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
 EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
 HELP = """the photos of the README's table:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
-      --methods all --out evaluated
+      --steps 5 --out evaluated
 A run that was killed goes on when the same command is given again; photos come in a random order that the seed decides,
 so that the tables of an unfinished run are those of a sample."""
 
@@ -52,9 +52,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="boxes (XML of VOC or ImageNet) or masks (PNG), by the names of the photos")  # fmt: skip
     add("--limit", type=number(int, 1, 10**9), metavar="N", help="so many of the photos, at random (default: all)")
     add("--methods", nargs="+", default=["all"], metavar="METHOD",
-        help=f"all; candidates, more variants of ours; or some of: {', '.join(METHODS)}")  # fmt: skip
-    add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES), help="of deletion and insertion")
-    add("--steps", type=number(int, 2, 1000), default=10, metavar="N", help=f"of deletion and insertion {shown}")
+        help=f"all (default), candidates (more variants of daam), or names; daam is always there: {', '.join(METHODS)}",
+    )  # fmt: skip
+    add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES),
+        help="what removed patches become: the photo's mean colour, the photo blurred (default: both)")  # fmt: skip
+    add(
+        "--steps",
+        type=number(int, 2, 1000),
+        default=10,
+        metavar="N",
+        help=f"of their curves, from 0 to 100 %% of the patches {shown}",
+    )
     add("--blocks", type=count, metavar="N", help="photos whose map after every block is scored, too (default: all)")
     add("--sanity", type=count, default=10, metavar="N", help=f"photos of the sanity checks {shown}")
     add("--seed", type=count, default=0, help=f"order of the photos, ties, random maps and weights {shown}")

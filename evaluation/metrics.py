@@ -16,10 +16,10 @@ from torch import Tensor
 from evaluation.decision import Decision
 
 METRICS: dict[str, tuple[str, str]] = {
-    "deletion_mean": ("deletion, mean", "lower"),
-    "deletion_blur": ("deletion, blur", "lower"),
-    "insertion_mean": ("insertion, mean", "higher"),
-    "insertion_blur": ("insertion, blur", "higher"),
+    "deletion_mean": ("deletion, mean colour", "lower"),
+    "deletion_blur": ("deletion, blurred", "lower"),
+    "insertion_mean": ("insertion, mean colour", "higher"),
+    "insertion_blur": ("insertion, blurred", "higher"),
     "average_drop": ("average drop", "lower"),
     "increase": ("increase", "higher"),
     "energy": ("energy inside", "higher"),

@@ -47,17 +47,18 @@ TABLES = {
 PERCENT = ("average_drop", "increase")
 
 MEANINGS = {
-    "deletion": "area under the probability of the class while patches are removed, the most relevant first (Petsiuk "
-    "et al. 2018, [RISE](https://arxiv.org/abs/1806.07421)); what is removed becomes its mean colour or a blur",
-    "insertion": "the same while they are put back into the mean colour or the blur",
+    "deletion": "area under the curve of the class's probability while patches are removed, the most relevant first "
+    "(Petsiuk et al. 2018, [RISE](https://arxiv.org/abs/1806.07421)); in their place comes the mean colour of the "
+    "whole photo, or the photo blurred",
+    "insertion": "the same, while they are put back, the most relevant first",
     "average_drop": "how much of the probability is lost when the photo is multiplied by the map (Chattopadhyay et al. "
     "2018, [Grad-CAM++](https://arxiv.org/abs/1710.11063))",
     "increase": "photos whose probability rises by that (same source)",
     "energy": "share of the map inside the annotated objects, whatever their class (Wang et al. 2020, [Score-CAM](https://arxiv.org/abs/1910.01279))",
     "iou": "overlap of the annotated objects and the map above its mean (Chefer et al. 2021, "
     "[Transformer Interpretability](https://arxiv.org/abs/2012.09838))",
-    "sparsity": "Gini index of the map, 0 flat to 1 one patch (Hurley and Rickard 2009, "
-    "[Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
+    "sparsity": "how concise the map is, not how right: its Gini index, 0 flat to 1 one patch (Hurley and Rickard "
+    "2009, [Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
     "randomised": "rank correlation, without its sign, with the map of the model whose weights are all random, one "
     "draw for all photos (Adebayo et al. 2018, "
     "[Sanity Checks](https://arxiv.org/abs/1810.03292))",
@@ -306,12 +307,13 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
     ours = run["methods"][0]
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     of = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
-    notes = [
-        f"{of} of `{run['images']}`, model `{run['model']}`. Mean [95 % interval, by bootstrap over the "
-        "photos]; bold: the best of a column. ↓ lower is better, ↑ higher is.",
-        f"▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in a sign-flip permutation test, paired by photo, with "
-        "Holm's correction over the methods of a column.",
-    ]
+    what = f"{of} of `{run['images']}`, model `{run['model']}`; explained is the class that it predicts"
+    notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is."]
+    if done > 1:
+        notes += [
+            f"Mean [95 % interval, by bootstrap over the photos]. ▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in "
+            "a sign-flip permutation test, paired by photo, with Holm's correction over the methods of a column."
+        ]
     measured = {row.metric for row in rows}
     meanings = [
         f"- {_words(key)}: {text}"
@@ -386,7 +388,8 @@ def curves_figure(photos: Sequence[dict], run: dict) -> Figure | None:
                 panel.plot(np.linspace(0, 100, len(mean)), mean, label=method, **style)
         panel.set_title(f"{kind}, {baseline}", fontsize=11)
         panel.set_xlim(0, 100)
-        panel.set_ylim(0)
+    panels[0, 0].set_ylim(0)  # of all of them, now that all curves are there
+    figure.suptitle(f"{run['model']}, {len(photos)} photo{'s' * (len(photos) != 1)}", fontsize=11)
     for panel, words in zip(panels[-1], kinds.values()):
         panel.set_xlabel(f"% of the patches {words}")
     for panel in panels[:, 0]:
@@ -414,7 +417,7 @@ def sanity_figure(sanity: Sequence[dict], run: dict) -> Figure | None:
     return _with_legend(figure, np.array([[panel]]))
 
 
-def blocks_figure(rows: Sequence[Row]) -> Figure | None:
+def blocks_figure(rows: Sequence[Row], run: dict) -> Figure | None:
     """Areas under the deletion and insertion curves of A_1 ... A_L with their intervals; None without them."""
     kinds = [kind for kind in ("deletion", "insertion") if any(row.metric.startswith(f"{kind}_") for row in rows)]
     if not kinds:
@@ -436,6 +439,8 @@ def blocks_figure(rows: Sequence[Row]) -> Figure | None:
         panel.legend(title="baseline", frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("area under the curve")
+    photos = max(row.n for row in rows)
+    figure.suptitle(f"{run['model']}, {photos} photo{'s' * (photos != 1)}", fontsize=11)
     return figure
 
 
@@ -566,7 +571,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
             part.write_text(text, encoding="utf-8", newline="")
     figures = {
         "curves.png": curves_figure(photos, run),
-        "blocks.png": blocks_figure(blocks),
+        "blocks.png": blocks_figure(blocks, run),
         "sanity.png": sanity_figure(sanity, run),
     }
     for name, figure in figures.items():

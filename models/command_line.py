@@ -134,7 +134,8 @@ def flow_options(
         type=one_of(*VARIANTS),
         metavar=f"{{{','.join(VARIANTS)}}}",
         default=variant,
-        help="paper; signed: coefficients keep their sign; heads: that, and ReLU head by head (default: %(default)s)",
+        help="paper; signed: coefficients keep their sign, as they do without a classifier anyway; heads: signed, and "
+        "ReLU for each head before they are added (default: %(default)s)",
     )
     add(
         "--size",

@@ -241,7 +241,7 @@ def test_table():
     assert len({len(line) for line in lines}) == 1 and set(lines[1]) == set("| -:")  # aligned as plain text, too
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[:1] + cells[2:] == [
-        ["", "deletion, mean ↓", "increase, % ↑"],
+        ["", "deletion, mean colour ↓", "increase, % ↑"],
         ["daam", "0.200 [0.100, 0.300]", "**25.0** [12.5, 50.0]"],
         ["rollout", "**0.100** [0.050, 0.200] ▲", ""],
         ["random", "", "12.5"],
@@ -281,6 +281,8 @@ def test_figures_draw_the_means(tmp_path):
     run = write_run(tmp_path, photos)
     panels = {panel.get_title(): panel for panel in curves_figure(photos, run).axes}
     assert list(panels) == ["deletion, mean", "insertion, mean", "deletion, blur", "insertion, blur"]
+    highest = max(max(line.get_ydata()) for panel in panels.values() for line in panel.lines)
+    assert all(panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > highest for panel in panels.values())
     for title, panel in panels.items():
         lines = {line.get_label(): line for line in panel.lines}
         assert list(lines) == METHODS
@@ -295,7 +297,7 @@ def test_figures_draw_the_means(tmp_path):
     assert [text.get_text() for text in lines[0].axes.get_xticklabels()] == ["as trained", *STAGES]
 
     rows = statistics(block_values(photos))
-    deletion = blocks_figure(rows).axes[0].lines
+    deletion = blocks_figure(rows, run).axes[0].lines
     assert [line.get_label() for line in deletion] == ["mean", "blur"]
     np.testing.assert_allclose(deletion[0].get_ydata(), [r.mean for r in rows if r.metric == "deletion_mean"])
     np.testing.assert_array_equal(deletion[0].get_xdata(), [1, 2, 3])
@@ -305,7 +307,7 @@ def test_nothing_to_draw_is_no_figure(tmp_path):
     run = write_run(tmp_path, [])
     assert curves_figure([{"photo": "a", "scores": {}}], run) is None
     assert sanity_figure([], run) is None
-    assert blocks_figure([]) is None
+    assert blocks_figure([], {}) is None
 
 
 def scored(name, insertion, deletion, method="daam"):
