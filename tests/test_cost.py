@@ -59,9 +59,9 @@ def calls_of(cls, method):
     calls = []
     plain = getattr(cls, method)
 
-    def counted(self, *arguments):
+    def counted(self, *arguments, **named):
         calls.append(self)
-        return plain(self, *arguments)
+        return plain(self, *arguments, **named)
 
     with mock.patch.object(cls, method, counted):
         yield calls
