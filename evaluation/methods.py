@@ -1,8 +1,8 @@
 """The methods that are compared: every one turns a batch of photos into maps `(B, h, w)`, one value a patch, the larger
 the more it speaks for the explained class.
 
-    explained = Explained(decision, images, classes, seeds)
-    maps = METHODS["rollout"](explained)        # (B, h, w)
+    explained = Explained(decision, images, classes, names)
+    maps = METHODS["rollout"](explained)  # (B, h, w)
 
 Ours comes from daam_core, Grad-CAM from pytorch-grad-cam, integrated gradients from captum. What no library has for any
 ViT is written here in a few lines each, with its source; these methods see the attention of models that compute it by
