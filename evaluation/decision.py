@@ -53,10 +53,10 @@ class Decision:
         Raises:
             ValueError: when no neighbour is of that class.
         """
+        if self.bank is None:
+            return F.one_hot(classes, self.loaded.num_classes).to(images)
         with torch.no_grad():
             outputs = torch.cat([self.outputs(part) for part in images.split(BATCH)])
-        if self.bank is None:
-            return F.one_hot(classes, outputs.shape[1]).to(outputs)
         vote = self._vote(outputs.float(), self.k)
         if not (vote.labels == classes.unsqueeze(1)).any(1).all():
             vote = self._vote(outputs.float(), min(self.target_k, len(self.bank.labels)))
@@ -65,8 +65,9 @@ class Decision:
     def second(self, images: Tensor, classes: Tensor) -> Tensor | None:
         """`(B,)`: the most probable class beside `classes`, with a bank by the votes of `target_k` neighbours; None
         where an image has none."""
-        shares = self.shares(images)
-        if self.bank is not None:
+        if self.bank is None:
+            shares = self.shares(images)
+        else:
             with torch.inference_mode():
                 shares = self._vote(self.outputs(images).float(), min(self.target_k, len(self.bank.labels))).votes
         others = shares.scatter(1, classes.unsqueeze(1), -1)

@@ -22,16 +22,6 @@ ROWS = DECOMPOSED + ALL_ROWS
 ROW_NAMES = [f"{row.family}: {row.example} {row.flow}" for row in ROWS]
 
 
-@pytest.fixture
-def model():
-    return tiny_vit()
-
-
-@pytest.fixture
-def images():
-    return random_images(2, 3, 32, 32)
-
-
 def with_all_rows():
     """Every block runs for all tokens, and the graph holds all of them."""
     plan = daam_core._plan

@@ -45,16 +45,6 @@ from daam_core import (
 WIDTH, BLOCKS = TINY["embed_dim"], TINY["depth"]
 
 
-@pytest.fixture
-def model():
-    return tiny_vit()
-
-
-@pytest.fixture
-def images():
-    return random_images(2, 3, 32, 32)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The maps: an independent derivation, one image at a time, nothing clever
 # ----------------------------------------------------------------------------------------------------------------------

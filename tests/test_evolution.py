@@ -27,16 +27,6 @@ PADDED = next(row for row in ALL_ROWS if row.images)
 READ = [row for row in DECOMPOSED + ALL_ROWS if row.family not in WITHOUT and row is not PADDED]
 
 
-@pytest.fixture
-def model():
-    return tiny_vit()
-
-
-@pytest.fixture
-def images():
-    return random_images(2, 3, 32, 32)
-
-
 def inputs(row, model):
     return row.images(model) if row.images else random_images(2, 3, *row.size)
 
