@@ -1882,7 +1882,7 @@ def save_flow(
     caption: str = "",
     manifest: dict | None = None,
     duration: int = 400,
-    pictures: dict[str, Image.Image] | None = None,
+    pictures: dict[str, Image.Image | Callable[[], Image.Image]] | None = None,
     titles: Sequence[str] | None = None,
 ) -> Path:
     """Write the flow of one image as a folder.
@@ -1904,7 +1904,7 @@ def save_flow(
         caption: a few lines for the sheet.
         manifest: what else belongs into flow.json, ready for `json.dump`.
         duration: milliseconds a frame.
-        pictures: more pictures for the folder, by file name.
+        pictures: more pictures for the folder, by file name; or what draws them, while the others are written.
         titles: of K classes, their names, written above the panels.
 
     Returns:
@@ -1920,12 +1920,16 @@ def save_flow(
     manifest = (manifest or {}) | {"blocks": blocks, "grid": [h, w]}
 
     part = _part_of(directory)
+
+    def draw(name: str, picture: Image.Image | Callable[[], Image.Image]) -> None:
+        (picture() if callable(picture) else picture).save(part / name, compress_level=1)
+
+    drawn = {"sheet.png": partial(sheet, image, frames, caption, columns)} | (pictures or {})
+    drawn |= {f"frames/block_{b:02d}.png": frame for b, frame in enumerate(frames, 1)}
+    gif = partial(save_gif, frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
     try:
         (part / "frames").mkdir(parents=True)
-        save_gif(frames, part / "flow.gif", [duration] * (blocks - 1) + [3 * duration])
-        drawn = {f"frames/block_{b:02d}.png": frame for b, frame in enumerate(frames, 1)}
-        drawn |= {"sheet.png": sheet(image, frames, caption, columns)} | (pictures or {})
-        _in_threads(lambda name, picture: picture.save(part / name, compress_level=1), drawn, drawn.values())
+        _in_threads(lambda write: write(), [gif, *(partial(draw, *named) for named in drawn.items())])
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
         (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, count, cycle
 from pathlib import Path
 
@@ -509,8 +510,8 @@ def save_result(
         lines.append(f"predicted: {classes[0][1].split(', ')[0]} {short(classes[0][2])}")
     tqdm.write("\n".join(f"  {share}  {k:>4}  {name}" for k, name, share in classes))
     if told["evolution"]:
-        drawn = draw_evolution(photo, flow.accumulated[index], told["evolution"], names)
-        pictures = (pictures or {}) | {"evolution.png": drawn}
+        drawing = partial(draw_evolution, photo, flow.accumulated[index], told["evolution"], names)
+        pictures = (pictures or {}) | {"evolution.png": drawing}
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
     elif options.size != "image":

@@ -1173,6 +1173,22 @@ def test_save_flow_of_several_classes(model, images, tmp_path, classes, columns)
         assert np.array_equal(maps["accumulated"], flow.accumulated[1])
 
 
+def test_save_flow_with_more_pictures(flow, tmp_path):
+    """A picture, or what draws it; when that fails, nothing is written."""
+    folder = save_flow(
+        tmp_path / "a", solid("red"), flow, pictures={"b.png": solid("blue"), "c.png": lambda: solid("lime")}
+    )
+    assert np.array_equal(Image.open(folder / "b.png"), solid("blue"))
+    assert np.array_equal(Image.open(folder / "c.png"), solid("lime"))
+
+    def fail():
+        raise ValueError("no paint left")
+
+    with pytest.raises(ValueError, match="no paint left"):
+        save_flow(tmp_path / "new", solid("red"), flow, pictures={"b.png": fail})
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_save_flow_of_half_precision_features(tmp_path):
     maps = torch.rand(1, 2, 3, 3)
     flow = AttentionFlow(maps, maps.cumsum(1), torch.rand(1, 8, dtype=torch.bfloat16), None)
