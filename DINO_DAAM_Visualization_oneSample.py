@@ -20,11 +20,11 @@ from pathlib import Path
 
 import timm
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from daam_core import AttentionFlow, attention_flow
+from daam_core import AttentionFlow, attention_flow, shortened
 from memorybank import COLDEST, MemoryBank, Vote
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
 from models.command_line import (
@@ -42,7 +42,7 @@ from models.command_line import (
     run,
     save_result,
 )
-from models.images import read_image
+from models.images import fitted, read_image
 
 HERE = Path(__file__).parent
 
@@ -134,11 +134,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, list[int] | int]:
     """The model and its bank, or the embedded pair in place of a default that is not there; the targets it finds."""
+    bank = None if options.bank is None else MemoryBank.load(options.bank)
     if options.checkpoint is not None or getattr(options, "model", MODEL) != DEFAULT:
-        loaded = load_named(options, MODEL)
-        bank = MemoryBank.load(options.bank or find_bank(loaded.name))
-    elif options.bank is not None:
-        bank = MemoryBank.load(options.bank)
+        loaded = load_named(options, MODEL if bank is None or MODEL != DEFAULT else architecture_in(bank))
+        bank = bank or MemoryBank.load(find_bank(loaded.name))
+    elif bank is not None:
         loaded = load_of_bank(bank, options)
     else:
         loaded, bank = default_pair(options)
@@ -146,6 +146,12 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank, list[
     if options.k > len(bank.labels):
         raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}")
     return loaded, bank, find_targets(options.target, bank.class_names, bank.num_classes)
+
+
+def architecture_in(bank: MemoryBank) -> str:
+    """For a checkpoint: that of the model that a bank names; DINO's where it names none."""
+    name = bank.metadata.get("model", "")
+    return name if timm.is_model(name) or name.startswith("torchvision:") else DEFAULT
 
 
 def load_of_bank(bank: MemoryBank, options: argparse.Namespace) -> LoadedModel:
@@ -267,7 +273,10 @@ def save(
     )  # fmt: skip
     pictures = {"neighbours.png": draw_neighbours(photo, headline, neighbours, chosen)}
     tqdm.write(f"{file}")
-    save_result(folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told, pictures)
+    save_result(
+        folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], bank.class_names, told,
+        pictures,
+    )  # fmt: skip
 
 
 def describe_neighbours(bank: MemoryBank, vote: Vote, index: int) -> list[dict]:
@@ -289,33 +298,29 @@ def draw_neighbours(
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     neighbours = neighbours[:most]
     rows = -(-len(neighbours) // columns)
-    query = ImageOps.contain(photo, (left, left), Image.Resampling.LANCZOS)
+    query = fitted(photo, left, Image.Resampling.LANCZOS)
     top = 2 * gap + line
     height = top + max(query.height + gap, rows * (side + line + gap))
     page = Image.new("RGB", (left + columns * (side + gap) + 2 * gap, height), "white")
     draw = ImageDraw.Draw(page)
     draw.text((gap, gap), headline, "black", font)
     page.paste(query, (gap, top))
-
-    def fit(text: str, width: int) -> str:
-        while small.getlength(text) > width:
-            text = text.rstrip("…")[:-1] + "…"
-        return text
-
     for i, neighbour in enumerate(neighbours):
         x = left + 2 * gap + i % columns * (side + gap)
         y = top + i // columns * (side + line + gap)
         name, cosine = neighbour["name"].split(", ")[0], f"{neighbour['similarity']:.2f}"
         tile = Image.new("RGB", (side, side), "whitesmoke")
         try:
-            picture = ImageOps.contain(read_image(neighbour.get("file", "")), (side, side), Image.Resampling.LANCZOS)
+            picture = fitted(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
             tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         except ValueError:  # not known, or not there any more
-            ImageDraw.Draw(tile).text((side / 2, side / 2), fit(name, side - 12), "black", small, anchor="mm")
+            ImageDraw.Draw(tile).text(
+                (side / 2, side / 2), shortened(name, small, side - 12), "black", small, anchor="mm"
+            )
         page.paste(tile, (x, y))
         colour = "limegreen" if neighbour["index"] in explained else "silver"
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
-        draw.text((x, y + side + 3), fit(name, side - 40), "black", small)
+        draw.text((x, y + side + 3), shortened(name, small, side - 40), "black", small)
         draw.text((x + side, y + side + 3), cosine, "black", small, anchor="ra")
     return page
 

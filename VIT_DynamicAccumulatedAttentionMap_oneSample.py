@@ -162,7 +162,9 @@ def save(
     formed = evolution(values, flow.accumulated[index], chosen, name_of, "probability")
     told = manifest(file, photo, loaded, flow, options, explained, top5=top5, evolution=formed)
     tqdm.write(f"{file}")
-    save_result(folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], told)
+    save_result(
+        folder, index, flow, photo, loaded, options, [*map(row, top5)], [*map(row, explained)], loaded.class_names, told
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,6 +82,7 @@ __all__ = [
     "save_flow",
     "save_gif",
     "sheet",
+    "shortened",
     "side_by_side",
     "whole_file",
 ]
@@ -222,7 +223,7 @@ def attention_flow(
     maps = {id(call.site): torch.stack([_on_grid(m, call.site, size) for m in call.maps], 1) for call in watch.calls}
     block_maps = torch.stack([sum(maps[id(site)] for site in frame) for frame in plan.frames], dim=2)  # (B, K, L, h, w)
     block_maps = block_maps if several else block_maps.squeeze(1)
-    summands = _min_max(block_maps) if norm else block_maps
+    summands = _min_max(block_maps, _inside(plan, images)) if norm else block_maps
     prefix = plan.frames[0][0].prefix
     output = output.detach()
     return AttentionFlow(block_maps, summands.cumsum(-3), output, target, rows, plan.decomposed, prefix, variant)
@@ -234,11 +235,15 @@ def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
     Of a model of transformers without a classifier the class token of `last_hidden_state` (of BEiT with mean pooling
     the `pooler_output`); of one of no known library its output. The model runs as it is: mode, device and gradients are
     the caller's.
+
+    Raises:
+        UnsupportedModel: for models of torchvision that are no ViT, and those of transformers without tokens.
     """
     model = _unwrapped(model)
     library = _library(model)
     if library == "timm" and isinstance(images, dict):
-        patches = {name: images[name] for name in ("patches", "patch_coord", "patch_valid")}
+        names = ("patches", "patch_coord", "patch_valid", "attn_mask")
+        patches = {name: images[name] for name in names if name in images}
         return model.forward_head(**model.forward_features(**patches), pre_logits=True)
     if library == "timm":
         return model.forward_head(model.forward_features(images), pre_logits=True)
@@ -249,6 +254,10 @@ def features(model: nn.Module, images: Tensor | dict[str, Tensor]) -> Tensor:
         with _hooks([(head.register_forward_pre_hook, lambda module, args: seen.append(args[0]))]):
             _scores(model, images)
         return seen[0]
+    if library == "torchvision":
+        raise UnsupportedModel(
+            f"model: what the head of torchvision's {type(model).__name__} reads is not known; take a ViT"
+        )
     if library == "transformers":
         distilled = hasattr(model, "distillation_classifier")  # its scores are the mean of two, and so is the feature
         output = (model.base_model if distilled else model)(images, return_dict=True)
@@ -318,10 +327,27 @@ def _on_grid(tokens: Tensor, site: _Site, size: tuple[int, int]) -> Tensor:
     return stretched * (grid.sum((1, 2), keepdim=True) / total)
 
 
-def _min_max(maps: Tensor) -> Tensor:
-    """Every `(h, w)` map stretched to 0..1; a flat one becomes zero."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / torch.where(high > low, high - low, 1)
+def _inside(plan: _Plan, images: Tensor | dict[str, Tensor]) -> Tensor | None:
+    """Of images that share a larger grid, where each of them lies, `(B, h, w)` bool; None of all others."""
+    site = plan.frames[0][0]
+    if site.cells is None:
+        return None
+    valid = images["patch_valid"].to(site.cells)
+    return (
+        valid.new_zeros(len(valid), math.prod(site.grid)).scatter_add(1, site.cells, valid).unflatten(1, site.grid) > 0
+    )
+
+
+def _min_max(maps: Tensor, inside: Tensor | None = None) -> Tensor:
+    """Every map of `(B, ..., h, w)` stretched to 0..1; a flat one becomes zero. What is not `inside`, `(B, h, w)` bool,
+    does not count and is zero."""
+    low = high = maps
+    if inside is not None:
+        inside = inside.view(len(maps), *[1] * (maps.ndim - 3), *maps.shape[-2:])
+        low, high = maps.masked_fill(~inside, torch.inf), maps.masked_fill(~inside, -torch.inf)
+    low, high = low.amin((-2, -1), keepdim=True), high.amax((-2, -1), keepdim=True)
+    stretched = (maps - low) / torch.where(high > low, high - low, 1)
+    return stretched if inside is None else stretched * inside
 
 
 @contextmanager
@@ -973,6 +999,9 @@ def _naflex(model: nn.Module, images: Tensor | dict[str, Tensor]) -> _Plan:
                 f"images: NaFlexVit takes a dict of the tensors patches (B, N, P * P * 3), patch_coord (B, N, 2) and "
                 f"patch_valid (B, N); {name} is missing or has another shape"
             )
+    if images["patches"].numel() == 0 or not images["patches"].is_floating_point():
+        what = f"{tuple(images['patches'].shape)} of {images['patches'].dtype}"
+        raise ValueError(f"images: expected patches (B, N, P * P * 3) of normalised floating point values, got {what}")
     y, x = images["patch_coord"].long().unbind(-1)
     size = int(y.max()) + 1, int(x.max()) + 1
     return _vit_blocks(model, size, cells=(y * size[1] + x).to(next(model.parameters()).device))
@@ -1571,16 +1600,21 @@ def overlay(
     if labels is not None and len(labels) != len(heat):
         raise ValueError(f"labels: expected one for each of {len(heat)} frames, got {len(labels)}")
 
-    picture = 0.8 * image
-
     def draw(grey: np.ndarray, label: str) -> Image.Image:
-        colour = cv2.applyColorMap(grey, cv2.COLORMAP_JET)[..., ::-1]  # BGR -> RGB
-        frame = Image.fromarray(np.clip(0.4 * colour + picture, 0, 255).astype(np.uint8))
+        pixels = np.empty_like(image)
+        for top in range(0, len(image), _BAND):  # the float64 of whole photos would not fit, on many cores
+            band = slice(top, top + _BAND)
+            colour = cv2.applyColorMap(grey[band], cv2.COLORMAP_JET)[..., ::-1]  # BGR -> RGB
+            pixels[band] = np.clip(0.4 * colour + 0.8 * image[band], 0, 255)
+        frame = Image.fromarray(pixels)
         if label:
             _write_label(frame, label)
         return frame
 
     return _in_threads(draw, _resize(heat, image.shape[:2]), labels or [""] * len(heat))
+
+
+_BAND = 32  # rows of a picture that are blended at once
 
 
 def block_labels(blocks: int) -> list[str]:
@@ -1610,7 +1644,9 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
     font, gap, top = ImageFont.load_default(height), max(2, height // 3), 0 if titles is None else 3 * height // 2
     page = Image.new("RGB", (len(panels) * (w + gap) - gap, top + h), "white")
     for k, title in enumerate(titles or ()):
-        ImageDraw.Draw(page).text((k * (w + gap) + w / 2, top / 2), _cut(title, font, w), "black", font, anchor="mm")
+        ImageDraw.Draw(page).text(
+            (k * (w + gap) + w / 2, top / 2), shortened(title, font, w), "black", font, anchor="mm"
+        )
     pages = [page.copy() for _ in panels[0]]
     for k, frames in enumerate(panels):
         for page, frame in zip(pages, frames):
@@ -1702,7 +1738,7 @@ def evolution_picture(
 
     def text(x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", most: int = 0):
         font = font_of(_FINE * size)
-        words = _cut(words, font, _FINE * most) if most else words
+        words = shortened(words, font, _FINE * most) if most else words
         pen.text((_FINE * x, _FINE * y), words, colour, font, anchor=anchor)
 
     def line(*points: tuple[float, float], thickness: float = 1, colour: str = _PALE):
@@ -1810,10 +1846,13 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
         duration: milliseconds a frame, one number or one a frame (GIF counts in hundredths of a second).
 
     Raises:
-        ValueError: when there are no frames.
+        ValueError: when there are no frames, or they are larger than a GIF can be, 65,535 pixels a side.
     """
     if not frames:
         raise ValueError("frames: there are none")
+    w, h = frames[0].size
+    if max(w, h) > 65_535:
+        raise ValueError(f"frames: a GIF has 65,535 pixels a side at most, got {w} x {h}; make them smaller")
     palettes = _in_threads(_quantized, frames)
     with whole_file(path) as part:
         palettes[0].save(
@@ -1856,7 +1895,8 @@ def _text_height(size: tuple[int, int]) -> int:
     return max(10, min(size) // 14)
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or its beginning and "…" where it is wider than so many pixels."""
     while text.strip("…") and font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
     return text
@@ -1931,7 +1971,7 @@ def save_flow(
         (part / "frames").mkdir(parents=True)
         _in_threads(lambda write: write(), [gif, *(partial(draw, *named) for named in drawn.items())])
         np.savez(part / "maps.npz", **{name: m.detach().float().cpu().numpy() for name, m in maps.items()})
-        (part / "flow.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (part / "flow.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         (directory / "frames").mkdir(parents=True, exist_ok=True)
         files = [p for p in part.rglob("*") if p.is_file()]
         for file in sorted(files, key=lambda p: p.name == "flow.json"):  # the manifest last

@@ -1,5 +1,6 @@
 """Draw variants.jpg: what the evaluation found, on photos of this folder: the map of the paper and of variant="heads",
-accumulated and of the last block alone, by the embedded model.
+accumulated and of the last block alone, by the embedded model. On A_12 stands its deletion (mean colour, 10 steps), the
+lower the better; on block 12 how much of A_12 it is.
 
     python .img/make_variants.py
 """
@@ -13,10 +14,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from daam_core import attention_flow, overlay, render, whole_file  # noqa: E402
+from evaluation.decision import Decision  # noqa: E402
+from evaluation.metrics import area, removal_curves  # noqa: E402
 from models import load  # noqa: E402
 from models.images import read_image  # noqa: E402
 
-PHOTOS = ("china.jpg", "motorcycle_left.png", "chelsea.png")
+PHOTOS = ("motorcycle_left.png", "chelsea.png", "coffee.png")
 COLUMNS = ("", "paper: A_12", "paper: block 12", "heads: A_12", "heads: block 12")
 WIDTH, GAP, LINE = 240, 6, 24
 
@@ -25,10 +28,13 @@ def row(loaded, photo: Image.Image) -> list[Image.Image]:
     """The photo and its four maps."""
     small = photo.resize((WIDTH, round(WIDTH * photo.height / photo.width)), Image.Resampling.LANCZOS)
     tiles = [small]
+    image = loaded.transform(photo)
     for variant in ("paper", "heads"):
-        flow = attention_flow(loaded.model, loaded.transform(photo).unsqueeze(0), variant=variant)
-        share = (flow.block_maps[0, -1].sum() / flow.accumulated[0, -1].sum()).item()
-        for maps, text in ((flow.accumulated[0, -1:], ""), (flow.block_maps[0, -1:], f"{share:.0%} of A_12")):
+        flow = attention_flow(loaded.model, image.unsqueeze(0), variant=variant)
+        total, last = flow.accumulated[0, -1:], flow.block_maps[0, -1:]
+        curves = removal_curves(Decision(loaded), image, flow.target.item(), total, 10, ("mean",))
+        deletion, share = area(curves["deletion_mean"]).item(), (last.sum() / total.sum()).item()
+        for maps, text in ((total, f"deletion {deletion:.2f}"), (last, f"{share:.0%} of A_12")):
             tile = overlay(small, render(maps))[0]
             font = ImageFont.load_default(15)
             ImageDraw.Draw(tile).text((6, 4), text, "white", font, stroke_width=2, stroke_fill="black")

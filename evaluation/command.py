@@ -24,12 +24,13 @@ from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
 from models.command_line import Parser, find_device, number, versions
 from models.images import looks_like_image, read_image
+from models.weights import first_line
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
 EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
 HELP = """the photos of the README's table:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
-      --steps 5 --blocks 60 --out evaluated
+      --steps 5 --blocks 60 --out evaluated_caltech101
 A run that was killed goes on when the same command is given again; photos come in a random order that the seed decides,
 so that the tables of an unfinished run are those of a sample."""
 
@@ -77,12 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options)
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: device: it has too little memory for this model; try --device cpu", file=sys.stderr)
         return 2
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.annotations is not None and not options.annotations.is_dir():
+        raise ValueError(f"annotations: there is no folder {options.annotations}")
     photos = find_photos(options.images, options.list, without=[options.out, options.annotations])
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
@@ -99,6 +105,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "methods": methods,
         "baselines": options.baselines,
         "steps": options.steps,
+        "blocks": options.blocks,
         "seed": options.seed,
         "stages": stages(model),
     }
@@ -129,6 +136,9 @@ def evaluate(options: argparse.Namespace) -> None:
                 else:
                     append(options.out / file, {"photo": name} | found)
                 bar.update()
+
+    if skipped and not records_of(options.out / "photos.jsonl"):
+        raise ValueError(f"images: none of the {len(photos)} photos could be scored; {next(iter(skipped.values()))}")
 
     def picture(record: dict, method: str) -> Image.Image:
         heat = METHODS[method](explain(record["photo"])).float().clamp(min=0).cpu()
@@ -196,11 +206,12 @@ def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -
     if listed is not None and not listed.is_file():
         raise ValueError(f"list: there is no file {listed}")
     if listed is None:
-        others = {path.resolve() for path in without if path is not None} - {folder.resolve()}
+        others = {path.resolve() for path in without if path is not None}
+        others = {path for path in others if folder.resolve() in path.parents}
         walk = [(Path(root), names) for root, _, names in os.walk(folder, followlinks=True)]
         walk = [(root, names) for root, names in walk if others.isdisjoint([root.resolve(), *root.resolve().parents])]
         found = {root / name for root, names in walk for name in names if looks_like_image(name)}
-        if folder in without:
+        if folder.resolve() in [path.resolve() for path in without if path is not None]:
             photos = {file.with_suffix("") for file in found if file.suffix.lower() != ".png"}
             found = {file for file in found if file.suffix.lower() != ".png" or file.with_suffix("") not in photos}
         names = sorted(file.relative_to(folder).as_posix() for file in found)

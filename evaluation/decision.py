@@ -59,7 +59,7 @@ class Decision:
             outputs = torch.cat([self.outputs(part) for part in images.split(BATCH)])
         vote = self._vote(outputs.float(), self.k)
         if not (vote.labels == classes.unsqueeze(1)).any(1).all():
-            vote = self._vote(outputs.float(), min(self.target_k, len(self.bank.labels)))
+            vote = self._vote(outputs.float(), self.target_k)
         return self.bank.importance_of(outputs, vote, classes).to(outputs, copy=True)  # no tensor of inference mode
 
     def second(self, images: Tensor, classes: Tensor) -> Tensor | None:
@@ -69,7 +69,7 @@ class Decision:
             shares = self.shares(images)
         else:
             with torch.inference_mode():
-                shares = self._vote(self.outputs(images).float(), min(self.target_k, len(self.bank.labels))).votes
+                shares = self._vote(self.outputs(images).float(), self.target_k).votes
         others = shares.scatter(1, classes.unsqueeze(1), -1)
         return others.argmax(1) if (others.amax(1) > 0).all() else None
 
@@ -78,4 +78,4 @@ class Decision:
         return names[index].split(", ")[0] if names else f"class {index}"
 
     def _vote(self, outputs: Tensor, k: int) -> Vote:
-        return self.bank.classify(outputs, k, self.temperature)
+        return self.bank.classify(outputs, min(k, len(self.bank.labels)), self.temperature)

@@ -276,9 +276,10 @@ def gae(explained: Explained) -> Tensor:
 
 
 def legrad(explained: Explained) -> Tensor:
-    """LeGrad: Bousselham et al. 2024, https://arxiv.org/abs/2404.03214, Sec. 3: the class token after every block is
-    read through norm and head; ReLU of the gradient of that score with respect to the block's attention, mean of heads,
-    queries and blocks. For timm's models with `blocks`, `norm` and `forward_head`."""
+    """LeGrad: Bousselham et al. 2024, https://arxiv.org/abs/2404.03214, Sec. 3: the mean of all tokens after every
+    block is read through norm and head; ReLU of the gradient of that score with respect to the block's attention, mean
+    of heads, queries and blocks (the class token alone would have one query's gradient). As torch-cam has it for the
+    ViTs of torchvision; here for timm's models with `blocks`, `norm` and `forward_head`."""
     model, decision = explained.model, explained.decision
     _check_timm(explained, "legrad", "blocks", "norm", "forward_head")
     tokens: list[Tensor] = []
@@ -293,7 +294,8 @@ def legrad(explained: Explained) -> Tensor:
     total = 0
     with torch.enable_grad():
         for a, after in zip(opened.seen, tokens):
-            outputs = model.forward_head(model.norm(after), pre_logits=decision.bank is not None)
+            mean = after.mean(1, keepdim=True).expand_as(after)  # whichever of its tokens the head reads
+            outputs = model.forward_head(model.norm(mean), pre_logits=decision.bank is not None)
             gradient = torch.autograd.grad((outputs * explained.seeds).sum(), a.matrix, retain_graph=True)[0]
             total = total + gradient.relu().mean((1, 2))
     return explained.on_grid(total / len(tokens))

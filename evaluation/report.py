@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-from daam_core import whole_file
+from daam_core import shortened, whole_file
 from evaluation.metrics import METRICS, SANITY
+from models.images import fitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,10 +73,10 @@ MEANINGS = {
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The records of a file with one JSON object a line; a last line that was cut, by a kill, is dropped.
+    """The records of a file, a JSON object with a "photo" each line; a last line that was cut, by a kill, is dropped.
 
     Raises:
-        ValueError: when another line is no JSON object.
+        ValueError: when another line is none.
     """
     records = []
     *whole, rest = Path(path).read_bytes().split(b"\n")  # `rest` is what no line end follows
@@ -83,12 +84,12 @@ def read_lines(path: str | Path) -> list[dict]:
         cut = number > len(whole)
         try:
             record = json.loads(line)
-            if not isinstance(record, dict):
+            if not isinstance(record, dict) or not isinstance(record.get("photo"), str):
                 raise ValueError
         except ValueError:  # also not UTF-8
             if cut:
                 break
-            raise ValueError(f"records: line {number} of {path} is no JSON object; delete the line") from None
+            raise ValueError(f"records: line {number} of {path} is no record of a photo; delete the line") from None
         records.append(record)
     return records
 
@@ -495,20 +496,20 @@ def sheet(
     width = right + count * (side + gap)
     rows = [Image.new("RGB", (width, line + 2 * gap), "white")]
     for x, words in ((left, "best: insertion high, deletion low"), (right, "worst")):
-        ImageDraw.Draw(rows[0]).text((x, gap), _cut(words, count * side, font), "black", font)
+        ImageDraw.Draw(rows[0]).text((x, gap), shortened(words, font, count * side), "black", font)
     for method, of in ranked.items():
         best, worst = of[: min(count, (len(of) + 1) // 2)], of[::-1][: min(count, len(of) // 2)]
         places = [(x + i * (side + gap), r) for x, end in ((left, best), (right, worst)) for i, r in enumerate(end)]
-        tiles = [ImageOps.contain(picture(r, method).convert("RGB"), (side, side)) for _, r in places]
+        tiles = [fitted(picture(r, method).convert("RGB"), side) for _, r in places]
         height = max(tile.height for tile in tiles)
         rows.append(Image.new("RGB", (width, height + 2 * line + 2 * gap), "white"))
         draw = ImageDraw.Draw(rows[-1])
-        draw.text((gap, height // 2), _cut(method, left - 2 * gap, font), "black", font, anchor="lm")
+        draw.text((gap, height // 2), shortened(method, font, left - 2 * gap), "black", font, anchor="lm")
         for (x, record), tile in zip(places, tiles):
             rows[-1].paste(tile, (x, height - tile.height))
             insertion, deletion = _areas(record, method)
             for i, text in enumerate((record["name"], f"ins {insertion:.2f}  del {deletion:.2f}")):
-                draw.text((x, height + 3 + i * line), _cut(text, side, font), "black", font)
+                draw.text((x, height + 3 + i * line), shortened(text, font, side), "black", font)
     page = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
     for row in rows:
@@ -529,15 +530,6 @@ def _areas(record: dict, method: str) -> tuple[float, float] | None:
     scores = record["scores"].get(method, {})
     areas = [[v for k, v in scores.items() if k.startswith(f"{kind}_")] for kind in ("insertion", "deletion")]
     return (float(np.mean(areas[0])), float(np.mean(areas[1]))) if all(areas) else None
-
-
-def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """To `width` pixels, with dots at the end."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
 
 
 # The whole report -----------------------------------------------------------------------------------------------------

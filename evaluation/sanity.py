@@ -21,18 +21,23 @@ from evaluation.methods import METHODS, Explained
 def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
     """Of one photo and every method, the rank correlation of its map with
 
-    flip: the map of the mirrored photo, mirrored back; near 1 if the map goes with the picture.
+    flip: the map of the mirrored photo, mirrored back; near 1 if the map goes with the picture. None where the mirrored
+        photo has no neighbour of the class.
     class: the map of the most probable other class; low if the map is of a class. None where there is none.
     randomised: the maps after every stage of `randomised_models`, empty for models without `blocks`; near 0 if the map
-        depends on what was learned.
+        depends on what was learned. Without a classifier the importance stays that of the trained model, as the class
+        does with one.
     """
     maps = {name: METHODS[name](explained)[0] for name in methods}
-    flipped = replace(explained, images=explained.images.flip(-1))
+    try:
+        flipped = replace(explained, images=explained.images.flip(-1), seeds=None)
+    except ValueError:  # of the bank
+        flipped = None
     second = explained.decision.second(explained.images, explained.classes)
     other = None if second is None else replace(explained, classes=second, seeds=None)
     found = {
         name: {
-            "flip": rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
+            "flip": flipped and rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
             "class": other and rank_correlation(maps[name], METHODS[name](other)[0]),
             "randomised": [],
         }

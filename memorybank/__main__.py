@@ -13,6 +13,7 @@ from memorybank import COLDEST, MemoryBank, read_pair
 from memorybank.build import DTYPES, WORKERS, build
 from models import architecture_of, load
 from models.command_line import Parser, find_device, number, run
+from models.weights import first_line
 
 BUILD = """one command for a folder of your own:
   python -m memorybank build --model vit_small_patch8_224.dino --train FOLDER --out memorybank/mine
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         {"build": run_build, "eval": run_eval, "info": run_info}[options.command](options)
     except (ValueError, OSError, RuntimeError) as error:  # the last: a full disk, another rank that failed
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

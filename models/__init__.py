@@ -26,7 +26,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import daam_core
-from models.sources import from_checkpoint, from_timm, from_torchvision, from_transformers
+from models.sources import from_checkpoint, from_timm, from_torchvision, from_transformers, parts_of
 from models.weights import EMBEDDED, WeightsUnavailable, architecture_of, embedded_names, read_checkpoint
 
 __all__ = [
@@ -58,12 +58,16 @@ class LoadedModel:
     class_names: list[str] | None
     """One name a class, synonyms separated by ", "; None where they are not known."""
     checkpoint: Path | None
-    """The file that the weights came from."""
+    """The file that the weights came from; of sharded ones the index of the parts."""
 
     @cached_property
     def provenance(self) -> dict[str, str] | None:
-        """Name and hash of the checkpoint, for manifests; None where the weights came from no file."""
-        return self.checkpoint and {"file": self.checkpoint.name, "sha256": sha256(self.checkpoint)}
+        """Name and hash of the checkpoint, for manifests (of sharded weights the name of their index, the hash of all
+        parts in its order); None where the weights came from no file."""
+        if self.checkpoint is None:
+            return None
+        parts = [self.checkpoint.with_name(part) for part in parts_of(self.checkpoint)] or [self.checkpoint]
+        return {"file": self.checkpoint.name, "sha256": sha256(*parts)}
 
     @cached_property
     def num_features(self) -> int:
@@ -133,12 +137,13 @@ def load(
     )  # fmt: skip
 
 
-def sha256(path: str | Path) -> str:
-    """Of a file, in hexadecimal."""
+def sha256(*paths: str | Path) -> str:
+    """Of a file, or of several one after the other, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from itertools import chain, count, cycle
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ from daam_core import (
     save_flow,
 )
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load, sha256
-from models.images import find_images, read_image
+from models.images import find_images, fitted, read_image
+from models.weights import first_line
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
 LARGE = 4_000_000  # pixels above which twelve frames take a while
@@ -198,7 +200,7 @@ def find_device(name: str) -> torch.device:
         probe.item()  # on "meta" there are none
         return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from None
 
 
 def going_on(error: WeightsUnavailable, instead: str) -> None:
@@ -315,7 +317,7 @@ def draw_evolution(photo: Image.Image, accumulated: Tensor, evolution: dict, nam
     """Of what `evolution` says, with the names of the explained classes."""
     blocks, runner_up = evolution["blocks"], evolution["runner_up"]
     quantity = next(name for name in QUANTITIES if name in blocks[0])
-    small = ImageOps.contain(photo, (320, 320), Image.Resampling.BICUBIC)
+    small = fitted(photo, 320)
     panels = accumulated.reshape(len(names), len(blocks), *accumulated.shape[-2:])
     labels = [*names, *([runner_up["name"].split(", ")[0]] if runner_up else [])]
     named = dict(zip(blocks[0][quantity], labels))
@@ -365,14 +367,14 @@ def explain_photos(
     for path in options.image:
         try:
             files += find_images(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failed(error)
     files = list(dict.fromkeys(files))
     if not files:
         return 2
     try:
         prepared = prepare(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         failed(error)
         return 2
     loaded, place = prepared[0], Path(options.output_dir, file_name(prepared[0].name))
@@ -397,6 +399,8 @@ def explain_photos(
                 save(file, place / names[file], index, *explained, *prepared, options)
             except (ValueError, OSError) as error:
                 failed(error, file)
+            except MemoryError:
+                failed(ValueError("size: its frames need more memory than there is; try --size 1024"), file)
             bar.update()
 
     names = dict(zip(files, result_names(files)))
@@ -477,6 +481,7 @@ def save_result(
     options: argparse.Namespace,
     classes: list[tuple[int, str, str]],
     explained: list[tuple[int, str, str]],
+    class_names: list[str] | None,
     told: dict,
     pictures: dict[str, Image.Image] | None = None,
 ) -> None:
@@ -489,12 +494,13 @@ def save_result(
         photo: as it was read.
         classes: index, name and how sure, as a text, of the most probable ones; captions take the text up to a comma.
         explained: the same of those that are explained.
+        class_names: of all classes, where they are known; one whose name another has, too, is told by its index.
         told: for flow.json; of its `evolution` a picture is made.
         pictures: more of them, by file name.
     """
+    alike = Counter(file_name(name.split(", ")[0]) for name in class_names or ())
     names = [name.split(", ")[0] for _, name, _ in explained]
-    if len(set(names)) < len(names):  # two kinds of crane
-        names = [f"{name} {k}" for name, (k, _, _) in zip(names, explained)]
+    names = [f"{name} {k}" if alike[file_name(name)] > 1 else name for name, (k, _, _) in zip(names, explained)]
     suffix = "-".join(map(file_name, names))
     if len(names) > 1 and len(suffix) > LONGEST:
         suffix = f"{suffix[:LONGEST]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
@@ -515,7 +521,7 @@ def save_result(
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
     elif options.size != "image":
-        photo = ImageOps.contain(photo, (options.size, options.size), Image.Resampling.BICUBIC)
+        photo = fitted(photo, options.size)
     if len(names) * photo.width * photo.height > LARGE:
         each = f"{len(names)} x " * (len(names) > 1) + f"{photo.width} x {photo.height}"
         tqdm.write(f"  frames of {each} pixels take a while; --size 1024 is faster")
@@ -549,6 +555,7 @@ def result_names(files: list[Path]) -> list[str]:
 
 def run(main: Callable[[], int]) -> None:
     """Call `main` and leave with its exit code; 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -63,6 +63,12 @@ def read_image(path: str | Path) -> Image.Image:
     return image
 
 
+def fitted(image: Image.Image, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """The picture with a longer side of so many pixels; as Pillow's `contain`, but never 0 pixels narrow."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(scale * pixels)) for pixels in image.size], resampling)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")

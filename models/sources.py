@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from huggingface_hub.utils import (
 )
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from models.weights import (
@@ -66,15 +67,9 @@ class Source:
 
 def from_timm(name: str) -> Source:
     """With timm's own weights, from its hub or the cache."""
-    _check_name(name)
-    try:
-        config = get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError:
-        config = None
+    config = _timm_config(name)
     if config is None or not config.has_weights:
-        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-        hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture: give a checkpoint"
-        raise ValueError(f"model: there are no pretrained weights {name!r}; {hint}")
+        raise ValueError(_no_weights(name))
     file = _timm_file(config)
     if file is None:
         require_server(hub.ENDPOINT if config.hf_hub_id else config.url, name)
@@ -92,19 +87,17 @@ def from_checkpoint(name: str | None, path: Path) -> Source:
     architecture = name or metadata.get("architecture")
     if architecture is None:
         raise ValueError(f"model: {path.name} does not say what architecture it is; name one")
-    _check_name(architecture)
-    arguments = json.loads(metadata.get("model_args", "{}"))
-    if "num_classes" not in arguments:
-        classifier = get_pretrained_cfg(architecture, allow_unregistered=True).classifier or "head"
-        first = classifier if isinstance(classifier, str) else classifier[0]  # of two heads: distilled DeiT, CrossViT
-        weight = state.get(f"{first}.weight")
-        arguments["num_classes"] = 0 if weight is None else weight.shape[0]
-    model = timm.create_model(architecture, **arguments)
-
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    classifier = getattr(_timm_config(architecture), "classifier", None) or "head"
     try:
+        arguments = json.loads(metadata.get("model_args", "{}"))
+        if "num_classes" not in arguments:
+            first = classifier if isinstance(classifier, str) else classifier[0]  # of two: distilled DeiT, CrossViT
+            weight = state.get(f"{first}.weight")
+            arguments["num_classes"] = 0 if weight is None else weight.shape[0]
+        model = timm.create_model(architecture, **arguments)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         state = convert(state, model) if convert else state  # other layouts, another position grid
-    except Exception as error:
+    except Exception as error:  # the weights, or what their metadata say, are of another architecture
         raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {first_line(error)}") from error
     fill(model, state, path, architecture)
     return _timm_source(name or path.stem, model, _named_in(metadata), path)
@@ -129,9 +122,13 @@ def _timm_file(config) -> Path | None:
     return in_torch_cache(config.url)
 
 
-def _check_name(name: str) -> None:
-    """Raise a ValueError for a name that timm does not know, with near ones: of timm, embedded, or with the prefix
-    `hf:` or `torchvision:` that it lacks."""
+def _timm_config(name: str) -> PretrainedCfg | None:
+    """What timm says of the weights of a name `architecture[.tag]`; None where it has none for the architecture.
+
+    Raises:
+        ValueError: when timm does not know the name, with near ones: of timm, embedded, or with the prefix `hf:` or
+            `torchvision:` that it lacks; when it is an old one, or the tag is none of the architecture's.
+    """
     if not timm.is_model(name):
         known = [*timm.list_models(), *embedded_names()]
         near = [f"torchvision:{name}"] if name in torchvision.models.list_models() else []
@@ -141,6 +138,20 @@ def _check_name(name: str) -> None:
         near = list(dict.fromkeys(near))[:3]
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all"
         raise ValueError(f"model: {name!r} is neither a timm name nor an embedded model; {hint}")
+    if not timm.list_models(name.split(".")[0]):  # timm maps it to another, and warns
+        near = difflib.get_close_matches(name, timm.list_pretrained(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the present ones"
+        raise ValueError(f"model: {name!r} is an old name of timm's; {hint}")
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ValueError(_no_weights(name)) from None
+
+
+def _no_weights(name: str) -> str:
+    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture: give a checkpoint"
+    return f"model: there are no pretrained weights {name!r}; {hint}"
 
 
 def _named_in(metadata: dict[str, str]) -> list[str] | None:
@@ -173,7 +184,7 @@ def from_transformers(name: str) -> Source:
     except ImportError as error:
         raise ValueError(f'model: hf:{name} needs the package transformers; pip install -e ".[huggingface]"') from error
 
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # as it is where there is no such user
     if name and folder.is_dir():
         name = f"hf:{folder.resolve().name}"
     else:
@@ -254,7 +265,7 @@ def _fetch(repository: str, revision: str | None) -> Path | None:
     if config:
         fetch(PROCESSOR)
         weights = next(filter(None, map(fetch, HF_WEIGHTS)), None)
-        for part in _parts(weights) if weights else ():
+        for part in parts_of(weights) if weights else ():
             fetch(part)
     return config
 
@@ -262,10 +273,10 @@ def _fetch(repository: str, revision: str | None) -> Path | None:
 def _weights_in(folder: Path) -> Path | None:
     """The weights in a folder, or the index of their parts, all of which must be there."""
     files = (folder / name for name in HF_WEIGHTS)
-    return next((f for f in files if f.is_file() and all((folder / part).is_file() for part in _parts(f))), None)
+    return next((f for f in files if f.is_file() and all((folder / part).is_file() for part in parts_of(f))), None)
 
 
-def _parts(weights: Path) -> list[str]:
+def parts_of(weights: Path) -> list[str]:
     """The files that an index of sharded weights names; none for any other file."""
     if weights.suffix != ".json":
         return []

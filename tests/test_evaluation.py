@@ -7,7 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pytorch_grad_cam.metrics.perturbation_confidence import PerturbationConfidenceMetric, RemoveMostRelevantFirst
+import torchvision
+from pytorch_grad_cam.metrics.perturbation_confidence import (
+    PerturbationConfidenceMetric,
+    RemoveLeastRelevantFirst,
+    RemoveMostRelevantFirst,
+)
 from test_memorybank import rows, write_bank
 from tiny_models import build, random_images, tiny_vit
 from torch import nn
@@ -127,12 +132,38 @@ def test_attention_rollout_gae_legrad(case):
             relevance
             + (seen.matrices[b] * seen.gradients(seen.matrices[b])[0]).clamp(min=0).mean(1).double() @ relevance
         )
-        score = model.forward_head(model.norm(seen.tokens[b]))[[0, 1], [3, 1]].sum()
+        score = model.head(model.norm(seen.tokens[b].mean(1)))[[0, 1], [3, 1]].sum()
         gradient = seen.gradients(seen.matrices[b], score)[0]
         legrad = legrad + gradient.clamp(min=0).mean((1, 2)) / len(means)
     close(METHODS["rollout"](explained), grid(rolled[:, 0], prefix))
     close(METHODS["gae"](explained), grid(relevance[:, 0], prefix))
     close(METHODS["legrad"](explained), grid(legrad, prefix))
+
+
+def test_legrad_against_torchcam():
+    """torch-cam takes ViTs of torchvision, so the same weights go into one; its map comes stretched to 0..1."""
+    methods = pytest.importorskip("torchcam.methods", reason="torchcam asks for Python 3.11")
+    model = tiny_vit().eval()
+    twin = torchvision.models.VisionTransformer(32, 8, len(model.blocks), 2, 24, 96, num_classes=5).eval()
+    parts = {
+        "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2",
+        "attn.qkv.": "self_attention.in_proj_",
+        "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3", "patch_embed.proj": "conv_proj",
+        "norm.": "encoder.ln.", "head.": "heads.head.", "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+    }  # fmt: skip
+    weights = model.state_dict()
+    for name, its_name in parts.items():
+        weights = {key.replace(name, its_name): weight for key, weight in weights.items()}
+    twin.load_state_dict(weights)
+    explained = explained_of(model)
+    torch.testing.assert_close(twin(explained.images), model(explained.images), atol=1e-5, rtol=1e-4)
+    with methods.LeGrad(twin, list(twin.encoder.layers)) as extract:
+        twin(explained.images)
+        theirs = extract(explained.classes.tolist())[0]
+    ours = METHODS["legrad"](explained)
+    low, high = ours.amin((1, 2), keepdim=True), ours.amax((1, 2), keepdim=True)
+    close((ours - low) / (high - low), theirs)
 
 
 def test_gradcam(case):
@@ -147,6 +178,18 @@ def test_gradcam(case):
     heat = (patches * gradient.mean(1, keepdim=True)).sum(2).clamp(min=0)
     heat = heat - heat.amin(1, keepdim=True)
     close(METHODS["gradcam"](explained), (heat / (1e-7 + heat.amax(1, keepdim=True))).view(-1, 4, 4))
+
+
+def test_integrated_gradients_patch_by_patch(case):
+    """The mean over the pixels of x times the mean gradient on the way from 0 to x, at the nodes of Gauss-Legendre."""
+    model, explained, _, _ = case
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    total = torch.zeros_like(explained.images)
+    for node, weight in zip((nodes + 1) / 2, weights / 2):
+        x = (node * explained.images).float().requires_grad_()
+        total += float(weight) * torch.autograd.grad(model(x)[[0, 1], [3, 1]].sum(), x)[0]
+    expected = (explained.images * total).sum(1).view(2, 4, 8, 4, 8).mean((2, 4))
+    close(METHODS["integrated-gradients"](explained), expected)
 
 
 def test_integrated_gradients_sum_to_the_difference_of_the_scores(case):
@@ -271,8 +314,11 @@ def test_removal_curves_one_by_one(kind):
                 assert curves[name][m, s].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_deletion_against_pytorch_grad_cam():
-    """RemoveMostRelevantFirst of that library, with the mean colour as its imputer, at every share of patches."""
+@pytest.mark.parametrize(
+    "kind, remove", [("deletion", RemoveMostRelevantFirst), ("insertion", RemoveLeastRelevantFirst)]
+)
+def test_deletion_and_insertion_against_pytorch_grad_cam(kind, remove):
+    """The removals of that library, with the mean colour as its imputer, at every share of patches."""
     model = tiny_vit()
     image, heat = random_images(1, 3, 32, 32), torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(1))
     curves = metrics.removal_curves(decision_of(model), image[0], 2, heat, 8, ("mean",))
@@ -282,11 +328,11 @@ def test_deletion_against_pytorch_grad_cam():
         return torch.where(keep.bool(), picture, picture.mean((1, 2), keepdim=True))
 
     for s in range(1, 8):
-        threshold = 100 * (1 - s / 8)
-        metric = PerturbationConfidenceMetric(RemoveMostRelevantFirst(threshold, mean_colour))
+        kept = 100 * (1 - s / 8 if kind == "deletion" else s / 8)
+        metric = PerturbationConfidenceMetric(remove(kept, mean_colour))
         targets = [lambda scores: scores.softmax(0)[2]]
         found = metric(image, pixels, targets, model, return_diff=False)[0]
-        assert found == pytest.approx(curves["deletion_mean"][0, s].item(), abs=1e-5)
+        assert found == pytest.approx(curves[f"{kind}_mean"][0, s].item(), abs=1e-5)
 
 
 def test_average_drop_and_increase_against_torchcam():
@@ -447,6 +493,28 @@ def test_second_class_of_a_bank(bank):
     votes = bank.classify(features(decision.loaded.model, images).detach(), 60).votes
     for row, k, other in zip(votes, first.tolist(), second.tolist()):
         assert other == max((c for c in range(4) if c != k), key=lambda c: row[c])
+
+
+def test_sanity_without_a_classifier(bank):
+    """The mirrored photo has an importance of its own; where it has no neighbour of the class there is no map of it."""
+    model, images = tiny_vit(num_classes=0), random_images(1, 3, 32, 32)
+    classes = decision_of(model, bank, k=60).shares(images).argmax(1)
+    ours, mirrored = (attention_flow(model, x, importance=bank.importance_of(f, bank.classify(f, 60), classes))
+                      for x in (images, images.flip(3)) for f in [features(model, x).detach()])  # fmt: skip
+    expected = sanity.rank_correlation(ours.accumulated[0, -1], mirrored.accumulated[0, -1].flip(1))
+    wide = Explained(decision_of(model, bank, k=60), images, classes, ["a"])
+    assert sanity.check(wide, ["daam"])["daam"]["flip"] == pytest.approx(expected, abs=1e-3)
+    both = torch.cat([features(model, x).detach() for x in (images, images.flip(3))])
+    two = replace(bank, features=F.normalize(both), labels=torch.tensor([1, 0]))  # each its own nearest neighbour
+    lonely = Explained(decision_of(model, two, k=1, target_k=1), images, torch.tensor([1]), ["a"])
+    assert sanity.check(lonely, ["daam"])["daam"]["flip"] is None
+
+
+def test_a_bank_of_fewer_features_than_neighbours_vote(bank):
+    model, images = tiny_vit(num_classes=0), random_images(2, 3, 32, 32)
+    decision = decision_of(model, bank, k=1000)
+    votes = bank.classify(features(model, images).detach(), 60).votes
+    torch.testing.assert_close(decision.shares(images), votes / votes.sum(1, keepdim=True))
 
 
 def test_no_second_class(bank):

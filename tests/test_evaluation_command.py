@@ -124,12 +124,25 @@ def test_same_command_again_computes_nothing_new(evaluated, offline):  # noqa: F
 
 @pytest.mark.parametrize(
     "other, name",
-    [(("--methods", "daam"), "methods"), (("--steps", 3), "steps"), (("--annotations", ".img"), "annotations")],
+    [
+        (("--methods", "daam"), "methods"),
+        (("--steps", 3), "steps"),
+        (("--annotations", ".img"), "annotations"),
+        (("--blocks", 3), "blocks"),
+    ],
 )
 def test_other_settings_need_another_folder(other, name, evaluated, offline):  # noqa: F811
     out, _, options = evaluated
     result = run(*options, *other, "--out", out, env=offline)
     one_line_error(result, f"error: out: {out} holds a run with another {name}; give another folder")
+
+
+def test_nothing_can_be_scored(evaluated, weights, offline, tmp_path):  # noqa: F811
+    """The line says why, not that the run should go on."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    options = ("--checkpoint", weights, "--images", tmp_path / "photos", *QUICK, "--out", tmp_path / "out")
+    one_line_error(run(*options, env=offline), "error: images: none of the 1 photos could be scored; ", "broken.jpg")
 
 
 def test_a_damaged_run(evaluated, offline, tmp_path):  # noqa: F811
@@ -149,6 +162,9 @@ def test_photos_of_a_folder(tmp_path):
     (place / "linked").symlink_to(tmp_path / "elsewhere")
     assert find_photos(place, None, [place / "out", None]) == ["a.jpg", "a.png", "b.png", "linked/d.jpg"]
     assert find_photos(place, None, [place / "out", place]) == ["a.jpg", "b.png", "linked/d.jpg"]
+    assert find_photos(place, None, [place / "out", place / "out" / ".."]) == ["a.jpg", "b.png", "linked/d.jpg"]
+    above = find_photos(place, None, [tmp_path, None])  # results beside the folder of the photos, not in it
+    assert above == find_photos(place, None, []) == ["a.jpg", "a.png", "b.png", "linked/d.jpg", "out/curves.png"]
     listed = tmp_path / "list.txt"
     listed.write_text("\ufeff./b.png\n\nb.png\na.jpg\n", encoding="utf-8")
     assert find_photos(place, listed, []) == ["a.jpg", "b.png"]
@@ -214,6 +230,7 @@ def test_self_supervised(some, offline, tmp_path):  # noqa: F811
         (["--bank", "memorybank/embedded"], "bank: vit_small_patch14_caltech101 has a classifier, whose scores are "),
         (["--list", "README.md"], "of its photos are not in"),
         (["--list", "no.txt"], "list: there is no file no.txt"),
+        (["--annotations", "no"], "annotations: there is no folder no"),
         (["--limit", "0"], "argument --limit: expected 1 to "),
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
     ],

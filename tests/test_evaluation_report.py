@@ -91,20 +91,20 @@ def write_run(folder, photos, sanity=(), methods=METHODS, total=20):
 
 def test_a_last_line_that_was_cut_is_dropped(tmp_path):
     path = tmp_path / "a.jsonl"
-    whole = '{"name": "ä"}\n{"name": "b"}\n'.encode()
+    whole = '{"photo": "ä"}\n{"photo": "b"}\n'.encode()
     for end in range(len(whole) + 1):
         path.write_bytes(whole[:end])
-        names = [record["name"] for record in read_lines(path)]
+        names = [record["photo"] for record in read_lines(path)]
         assert names == ["ä", "b"][: whole[:end].count(b"}")]
 
 
-@pytest.mark.parametrize("line", [b'{"name": ', b"", b"12", b'{"name": "\xff"}'])
+@pytest.mark.parametrize("line", [b'{"photo": ', b"", b"12", b'{"photo": "\xff"}', b"{}"])
 def test_another_line_that_cannot_be_read(tmp_path, line):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"name": "a"}\n' + line + b'\n{"name": "b"}\n')
-    with pytest.raises(ValueError, match=r"^records: line 2 of .*a\.jsonl is no JSON object; delete the line$"):
+    path.write_bytes(b'{"photo": "a"}\n' + line + b'\n{"photo": "b"}\n')
+    with pytest.raises(ValueError, match=r"^records: line 2 of .*a\.jsonl is no record of a photo; delete the line$"):
         read_lines(path)
-    path.write_bytes(b'{"name": "a"}\n' + line + b"\n")  # the last, but it was not cut: a line end follows
+    path.write_bytes(b'{"photo": "a"}\n' + line + b"\n")  # the last, but it was not cut: a line end follows
     with pytest.raises(ValueError, match="^records: line 2 of"):
         read_lines(path)
 
@@ -462,4 +462,4 @@ def test_errors_of_a_folder(tmp_path):
     write_run(tmp_path, [])
     assert message() == f"directory: no photo in {tmp_path} is done; let the evaluation run for longer"
     (tmp_path / "photos.jsonl").write_text("{\n")
-    assert message() == f"records: line 1 of {tmp_path / 'photos.jsonl'} is no JSON object; delete the line"
+    assert message() == f"records: line 1 of {tmp_path / 'photos.jsonl'} is no record of a photo; delete the line"

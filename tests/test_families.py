@@ -11,6 +11,7 @@ import pytest
 import support_table
 import torch
 import torch.nn.functional as F
+import torchvision
 from support_table import (
     ALL_ROWS,
     DECOMPOSED,
@@ -337,18 +338,33 @@ def test_coarse_grids_are_stretched_and_keep_their_sum():
     torch.testing.assert_close(daam_core._on_grid(torch.ones(1, 8), site, (6, 9)), torch.full((1, 6, 9), 1 / 9))
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rows", ["class", "patches"])
-def test_naflex_patches_find_their_places(rows):
+def test_naflex_patches_find_their_places(rows, norm):
     """A padded batch gives each image what it gets alone."""
     row = next(r for r in (DECOMPOSED if rows == "class" else ALL_ROWS) if r.images)
     batch = naflex_batch(model := row.make())
-    together = attention_flow(model, batch, target=[1, 3], rows=rows)
+    together = attention_flow(model, batch, target=[1, 3], rows=rows, norm=norm)
     assert together.block_maps.shape == (2, 3, 4, 5)
     for i, (h, w) in enumerate([(4, 4), (3, 5)]):
         alone = {name: tensor[i : i + 1, : h * w] for name, tensor in batch.items()}
-        expected = torch.zeros(3, 4, 5)
-        expected[:, :h, :w] = attention_flow(model, alone, target=[1, 3][i], rows=rows).block_maps[0]
-        assert_same_maps(together.block_maps[i : i + 1], expected[None])
+        alone = attention_flow(model, alone, target=[1, 3][i], rows=rows, norm=norm)
+        for maps, its_own in ((together.block_maps, alone.block_maps), (together.accumulated, alone.accumulated)):
+            expected = torch.zeros(3, 4, 5)
+            expected[:, :h, :w] = its_own[0]
+            assert_same_maps(maps[i : i + 1], expected[None])
+
+
+def test_min_max_of_a_part():
+    """What is outside of an image neither counts nor gets a value; K maps of an image share the part."""
+    maps, inside = (
+        torch.tensor([[[0.0, 3.0, 5.0, 9.0]], [[4.0, 4.0, 4.0, 0.0]]]),
+        torch.tensor([[[0, 1, 1, 1]], [[1, 1, 1, 0]]]),
+    )
+    expected = torch.tensor([[[0.0, 0.0, 1 / 3, 1.0]], [[0.0, 0.0, 0.0, 0.0]]])
+    torch.testing.assert_close(daam_core._min_max(maps, inside.bool()), expected)
+    several = torch.stack([maps, 2 * maps + 1], 1)
+    torch.testing.assert_close(daam_core._min_max(several, inside.bool()), torch.stack([expected] * 2, 1))
 
 
 def test_patches_lie_where_their_cells_say():
@@ -381,6 +397,25 @@ def test_naflex_batch_that_lacks_a_part():
         attention_flow(model, batch)
     with pytest.raises(ValueError, match="^images: .* patch_valid is missing or has another shape"):
         attention_flow(model, naflex_batch(model) | {"patch_valid": [True] * 16})
+    for wrong in (
+        {name: tensor[:0] for name, tensor in naflex_batch(model).items()},
+        naflex_batch(model) | {"patches": naflex_batch(model)["patches"].byte()},
+    ):
+        with pytest.raises(ValueError, match=r"^images: expected patches \(B, N, P \* P \* 3\) of normalised"):
+            attention_flow(model, wrong)
+
+
+def test_features_of_naflex_see_the_mask_that_the_scores_see():
+    model = row_of("NaFlexViT, padded batch").make()
+    batch = naflex_batch(model)
+    with torch.no_grad():
+        usual = features(model, batch)
+        tokens = model.num_prefix_tokens + batch["patches"].shape[1]
+        mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
+        mask[..., model.num_prefix_tokens + 2 :] = False
+        masked = features(model, batch | {"attn_mask": mask})
+        torch.testing.assert_close(model.head(masked), model(batch | {"attn_mask": mask}))
+    assert not torch.allclose(masked, usual, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (80, 48)])
@@ -801,6 +836,13 @@ def test_features_of_torchvision_before_the_last_layer(images):
     with torch.no_grad():
         assert features(model, images).shape == (2, 7)
         assert torch.equal(model.heads.head(features(model, images)), model(images))
+
+
+def test_features_of_another_model_of_torchvision(images):
+    """Not its scores, which would make a memory bank that nobody wants."""
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    with pytest.raises(UnsupportedModel, match="^model: what the head of torchvision's ResNet reads is not known"):
+        features(model, images)
 
 
 def test_all_rows_of_a_model_with_an_attention_pool(images):

@@ -1,5 +1,6 @@
 """`load("hf:...")` and `load("torchvision:...")`: from folders, caches and servers that the tests make themselves."""
 
+import hashlib
 import http.server
 import io
 import json
@@ -157,6 +158,8 @@ def test_parts_of_the_weights(tmp_path):
     assert len(parts) > 1
     loaded = load(f"hf:{tmp_path}")
     assert loaded.checkpoint.name == "model.safetensors.index.json"
+    joined = b"".join(part.read_bytes() for part in parts)
+    assert loaded.provenance == {"file": loaded.checkpoint.name, "sha256": hashlib.sha256(joined).hexdigest()}
     assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)
     parts[0].unlink()
     refused(f"hf:{tmp_path}", "has no model.safetensors or pytorch_model.bin, or not all of its parts")

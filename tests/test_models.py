@@ -14,11 +14,11 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants as hub
-from PIL import Image
+from PIL import Image, ImageOps
 
 import models
 from models import WeightsUnavailable, find_class, load
-from models.images import find_images, read_image
+from models.images import find_images, fitted, read_image
 
 TINY = "vit_tiny_patch16_224"
 
@@ -171,6 +171,7 @@ class Malicious:
         ("cut.safetensors", lambda path: path.write_bytes(b"\x10\0\0\0\0\0\0\0{"), "cannot be read"),
         ("list.pth", lambda path: torch.save([1, 2], path), "has no state dict"),
         ("mixed.pth", lambda path: torch.save({"a": 1}, path), "has no state dict"),
+        ("numbered.pth", lambda path: torch.save({0: torch.zeros(1)}, path), "has no state dict"),
     ],
 )
 def test_unreadable_checkpoints(tmp_path, capsys, name, write, message):
@@ -193,9 +194,25 @@ def test_unknown_name_gets_suggestions():
         load()
 
 
-def test_name_without_pretrained_weights():
-    with pytest.raises(ValueError, match="there are no pretrained weights 'deit_small_patch16_224.nothing'; timm has"):
-        load("deit_small_patch16_224.nothing")
+def test_name_without_pretrained_weights(tiny, tmp_path):
+    torch.save(tiny.state_dict(), tmp_path / "w.pth")
+    for checkpoint in (None, tmp_path / "w.pth"):
+        with pytest.raises(
+            ValueError, match="^model: there are no pretrained weights 'deit_small_patch16_224.nothing'; timm has"
+        ):
+            load("deit_small_patch16_224.nothing", checkpoint)
+        with pytest.raises(
+            ValueError, match="^model: 'vit_small_patch16_224_dino' is an old .* vit_small_patch16_224.dino"
+        ):
+            load("vit_small_patch16_224_dino", checkpoint)
+
+
+@pytest.mark.parametrize("arguments", ['{"no_such": 1}', "{"])
+def test_metadata_that_fit_no_model(tiny, tmp_path, arguments):
+    metadata = {"architecture": TINY, "model_args": arguments}
+    safetensors.torch.save_file(tiny.state_dict(), tmp_path / "mine.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"^checkpoint: mine.safetensors does not fit {TINY}: "):
+        load(None, tmp_path / "mine.safetensors")
 
 
 def fake_cache(root, repository, state):
@@ -379,6 +396,15 @@ def test_decompression_bomb(tmp_path, monkeypatch, times):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(300 * 300 / times))
     with pytest.raises(ValueError, match="million pixels; scale it down"):
         read_image(tmp_path / "bomb.png")
+
+
+def test_fitted():
+    """As Pillow's `contain`, but for pictures that this would make 0 pixels narrow."""
+    for size in ((600, 400), (401, 600), (20, 20)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        expected = ImageOps.contain(image, (320, 320), Image.Resampling.BICUBIC)
+        assert fitted(image, 320).size == expected.size and np.array_equal(fitted(image, 320), expected)
+    assert fitted(Image.new("RGB", (8, 6000)), 320).size == (1, 320)
 
 
 def test_find_images(tmp_path):

@@ -176,6 +176,22 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
         assert gif.size == (40, 60) and gif.n_frames == 12
 
 
+def test_pictures_and_names_out_of_the_ordinary(offline, weights, tmp_path):
+    """A name that is no text, one that no file can have, and a strip that becomes less than a pixel wide."""
+    photo = Image.open(ROOT / ".img" / "coffee.png").resize((60, 40))
+    files = [tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "strip.png"]
+    photo.save(files[0])
+    photo.resize((8, 3000)).save(files[1])
+    result = run("--image", *files, "n" * 300, "--checkpoint", weights, "--size", 64, "--target", 0, "--output-dir",
+                 "out", env=offline | {"PYTHONUTF8": "1"}, cwd=tmp_path)  # fmt: skip
+    one_line_error(result, "File name too long")
+    for file, size in zip(files, [(64, 43), (1, 64)]):
+        (flow,) = (tmp_path / "out" / "tiny").glob(f"{file.stem[:3]}*/flow.json")
+        assert json.loads(flow.read_text())["image"]["file"] == str(file)
+        with Image.open(flow.with_name("flow.gif")) as gif:
+            assert gif.size == size
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
@@ -390,6 +406,11 @@ def test_names_of_classes_that_are_alike_or_long(weights, tmp_path, monkeypatch)
     ]
     assert script.main([*options, "--target", "0", "1"]) == 0
     assert (tmp_path / "out" / "mine" / "coffee-crane_0-crane_1" / "flow.gif").is_file()
+    assert script.main([*options, "--target", "0"]) == script.main([*options, "--target", "1"]) == 0
+    for index in (0, 1):  # the second does not take the place of the first
+        folder = tmp_path / "out" / "mine" / f"coffee-crane_{index}"
+        assert json.loads((folder / "flow.json").read_text())["target"]["index"] == index
+        shutil.rmtree(folder)
     assert script.main([*options, "--target", "2", "1"]) == script.main([*options, "--target", "1", "2"]) == 0
     assert sorted(len(p.name) for p in (tmp_path / "out" / "mine").iterdir())[1:] == [96, 96]
 

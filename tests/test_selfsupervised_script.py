@@ -281,6 +281,18 @@ def test_the_bank_says_which_model(offline, tmp_path):  # noqa: F811
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
+def test_the_bank_says_what_a_checkpoint_is(offline, own_bank, weights, tmp_path):  # noqa: F811
+    """One that says nothing of itself."""
+    bank = shutil.copytree(own_bank / "bank", tmp_path / "bank")
+    told = json.loads((bank / "bank.json").read_text())
+    (bank / "bank.json").write_text(json.dumps(told | {"model": "vit_tiny_patch16_224", "weights_sha256": "other"}))
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "mine.pth")
+    options = ["--bank", bank, "--checkpoint", tmp_path / "mine.pth", "--output-dir", tmp_path / "out"]
+    one_line_error(
+        run(*options, env=offline), "was built with other weights of vit_tiny_patch16_224 (tiny.safetensors)"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
