@@ -332,10 +332,8 @@ def _inside(plan: _Plan, images: Tensor | dict[str, Tensor]) -> Tensor | None:
     site = plan.frames[0][0]
     if site.cells is None:
         return None
-    valid = images["patch_valid"].to(site.cells)
-    return (
-        valid.new_zeros(len(valid), math.prod(site.grid)).scatter_add(1, site.cells, valid).unflatten(1, site.grid) > 0
-    )
+    valid = F.pad(images["patch_valid"].to(site.cells.device, torch.float32), (site.prefix, 0))
+    return _on_grid(valid, site, site.grid) > 0
 
 
 def _min_max(maps: Tensor, inside: Tensor | None = None) -> Tensor:

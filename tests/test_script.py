@@ -494,6 +494,24 @@ def test_out_of_memory_names_the_batch(weights, photos, tmp_path, capsys, monkey
     assert made == ["astronaut", "chelsea", "china"] and no_leftovers(tmp_path)
 
 
+def test_a_photo_too_large_to_draw_does_not_stop_the_others(weights, photos, tmp_path, capsys, monkeypatch):
+    def drawing(folder, *args):
+        if "china" in folder.name:
+            raise MemoryError
+        return save_flow(folder, *args)
+
+    save_flow = command_line.save_flow
+    monkeypatch.setattr(command_line, "save_flow", drawing)
+    (photos / "damaged.png").unlink()
+    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
+    assert script.main([*options, "--size", "64"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1, errors
+    assert "error: size: its frames need more memory than there is; try --size 1024 (" in errors[0]
+    made = sorted(p.name.split("-")[0] for p in (tmp_path / "out" / "tiny").iterdir())
+    assert made == ["astronaut", "chelsea", "coffee", "flower"] and no_leftovers(tmp_path)
+
+
 def test_errors_of_the_script_itself_are_not_hidden(weights, photos, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a bug")
