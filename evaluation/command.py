@@ -22,7 +22,7 @@ from evaluation.report import read_lines, read_settings, write_report
 from evaluation.sanity import check, stages
 from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
-from models.command_line import Parser, find_device, number, versions
+from models.command_line import Parser, find_device, number, one_of, precision, versions
 from models.images import looks_like_image, read_image
 from models.weights import first_line
 
@@ -68,6 +68,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sanity", type=count, default=10, metavar="N", help=f"photos of the sanity checks {shown}")
     add("--seed", type=count, default=0, help=f"order of the photos, ties, random maps and weights {shown}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--dtype",
+        type=one_of("float32", "bfloat16", "float16"),
+        metavar="{float32,bfloat16,float16}",
+        default="float32",
+        help=f"the model computes in it where patches are removed or put back; maps are always of float32 {shown}",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="where records, tables and pictures go")
     return parser.parse_args(arguments)
 
@@ -105,6 +112,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "methods": methods,
         "baselines": options.baselines,
         "steps": options.steps,
+        "dtype": options.dtype,
         "blocks": options.blocks,
         "seed": options.seed,
         "stages": stages(model),
@@ -162,7 +170,8 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     if options.annotations is not None:
         region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
     seed = photo_seed(name, options.seed)
-    curves = removal_curves(decision, image, target, every, options.steps, options.baselines, seed)
+    with precision(image.device, options.dtype):
+        curves = removal_curves(decision, image, target, every, options.steps, options.baselines, seed)
     masked = masked_photo(decision, image, target, every, probability)
     rows = []
     for m, heat in enumerate(every):
