@@ -22,7 +22,7 @@ from evaluation.report import read_lines, read_settings, write_report
 from evaluation.sanity import check, stages
 from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
-from models.command_line import Parser, find_device, number, one_of, precision, versions
+from models.command_line import Parser, find_device, number, precision, versions
 from models.images import looks_like_image, read_image
 from models.weights import first_line
 
@@ -68,13 +68,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sanity", type=count, default=10, metavar="N", help=f"photos of the sanity checks {shown}")
     add("--seed", type=count, default=0, help=f"order of the photos, ties, random maps and weights {shown}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add(
-        "--dtype",
-        type=one_of("float32", "bfloat16", "float16"),
-        metavar="{float32,bfloat16,float16}",
-        default="float32",
-        help=f"the model computes in it where patches are removed or put back; maps are always of float32 {shown}",
-    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help=f"of the model where patches are removed or put back; maps are always float32 {shown}")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="where records, tables and pictures go")
     return parser.parse_args(arguments)
 

@@ -309,6 +309,8 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     of = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
     what = f"{of} of `{run['images']}`, model `{run['model']}`; explained is the class that it predicts"
+    if run["dtype"] != "float32":
+        what += f"; where patches are removed or put back it computes in {run['dtype']}"
     notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is."]
     if done > 1:
         notes += [

@@ -122,6 +122,22 @@ def test_same_command_again_computes_nothing_new(evaluated, offline):  # noqa: F
     assert before == {p.name: p.read_bytes() for p in out.glob("*.jsonl")} and (out / "table.md").read_bytes() == table
 
 
+def test_dtype_is_that_of_the_curves_alone(evaluated, offline, tmp_path):  # noqa: F811
+    out, _, options = evaluated
+    result = run(*options, "--dtype", "bfloat16", "--sanity", 0, "--limit", 1, "--out", tmp_path, env=offline)
+    assert result.returncode == 0, result.stderr
+    (found,) = lines(tmp_path / "photos.jsonl")
+    exact = next(record for record in lines(out / "photos.jsonl") if record["photo"] == found["photo"])
+    assert found["probability"] == exact["probability"]
+    for method, scores in found["scores"].items():
+        curves = found["curves"][method]
+        assert curves != exact["curves"][method]
+        for metric, score in scores.items():
+            rounding = 0.01 if metric in curves else 0  # 8 bits of mantissa
+            assert abs(score - exact["scores"][method][metric]) <= rounding
+    assert "it computes in bfloat16" in result.stdout and "computes in" not in evaluated[1].stdout
+
+
 @pytest.mark.parametrize(
     "other, name",
     [
@@ -129,6 +145,7 @@ def test_same_command_again_computes_nothing_new(evaluated, offline):  # noqa: F
         (("--steps", 3), "steps"),
         (("--annotations", ".img"), "annotations"),
         (("--blocks", 3), "blocks"),
+        (("--dtype", "bfloat16"), "dtype"),
     ],
 )
 def test_other_settings_need_another_folder(other, name, evaluated, offline):  # noqa: F811

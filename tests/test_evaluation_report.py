@@ -78,7 +78,8 @@ def make_sanity(n, methods=METHODS):
 
 def write_run(folder, photos, sanity=(), methods=METHODS, total=20):
     run = {"model": "tiny", "checkpoint": None, "images": "photos", "photos": total, "methods": methods}
-    run |= {"baselines": ["mean", "blur"], "steps": 4, "seed": 0, "sanity": len(sanity), "stages": STAGES}
+    run |= {"baselines": ["mean", "blur"], "steps": 4, "dtype": "float32", "seed": 0}
+    run |= {"sanity": len(sanity), "stages": STAGES}
     (folder / "run.json").write_text(json.dumps(run | {"versions": {}}))
     (folder / "photos.jsonl").write_text("".join(json.dumps(record) + "\n" for record in photos))
     if sanity:
