@@ -30,7 +30,7 @@ PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
 EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
 HELP = """the photos of the README's table:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
-      --steps 5 --blocks 60 --out evaluated_caltech101
+      --steps 5 --blocks 60 --dtype bfloat16 --out evaluated_caltech101
 A run that was killed goes on when the same command is given again; photos come in a random order that the seed decides,
 so that the tables of an unfinished run are those of a sample."""
 
