@@ -24,8 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from daam_core import AttentionFlow, attention_flow, shortened
-from memorybank import COLDEST, MemoryBank, Vote
+from daam_core import AttentionFlow, attention_flow
+from daam_vit.drawing import truncate
+from memorybank import MIN_TEMPERATURE, MemoryBank, Vote
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
 from models.command_line import (
     evolution,
@@ -34,15 +35,15 @@ from models.command_line import (
     find_device,
     find_targets,
     flow_options,
-    going_on,
+    lens_outputs,
     load_named,
     manifest,
     number,
-    readings,
     run,
     save_result,
+    warn_fallback,
 )
-from models.images import fitted, read_image
+from models.images import read_image, resize_longest_side
 
 HERE = Path(__file__).parent
 
@@ -122,7 +123,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=count, metavar="N", default=str(K), help=f"neighbours that vote {shown}")
     add(
         "--temperature",
-        type=number(float, COLDEST, 100),
+        type=number(float, MIN_TEMPERATURE, 100),
         metavar="T",
         default=str(TEMPERATURE),
         help=f"of votes {shown}",
@@ -176,7 +177,7 @@ def default_pair(options: argparse.Namespace) -> tuple[LoadedModel, MemoryBank]:
     except WeightsUnavailable as error:
         if hasattr(options, "model"):
             raise
-        going_on(error, f"{FALLBACK} and its bank")
+        warn_fallback(error, f"{FALLBACK} and its bank")
         return load_unnamed(FALLBACK, options), MemoryBank.load(EMBEDDED_BANK)
 
 
@@ -217,7 +218,7 @@ def explain(
         loaded.model, images, importance=importance,
         norm=options.norm, rows=options.rows, memory=options.memory, variant=options.variant,
     )  # fmt: skip
-    lens = readings(loaded.model, images, flow, head=False)
+    lens = lens_outputs(loaded.model, images, flow, head=False)
     if lens is not None:
         votes = bank.classify(lens.flatten(0, 1), options.k, options.temperature).votes
         lens = votes.unflatten(0, lens.shape[:2])
@@ -298,7 +299,7 @@ def draw_neighbours(
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     neighbours = neighbours[:most]
     rows = -(-len(neighbours) // columns)
-    query = fitted(photo, left, Image.Resampling.LANCZOS)
+    query = resize_longest_side(photo, left, Image.Resampling.LANCZOS)
     top = 2 * gap + line
     height = top + max(query.height + gap, rows * (side + line + gap))
     page = Image.new("RGB", (left + columns * (side + gap) + 2 * gap, height), "white")
@@ -311,16 +312,16 @@ def draw_neighbours(
         name, cosine = neighbour["name"].split(", ")[0], f"{neighbour['similarity']:.2f}"
         tile = Image.new("RGB", (side, side), "whitesmoke")
         try:
-            picture = fitted(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
+            picture = resize_longest_side(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
             tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         except ValueError:  # not known, or not there any more
             ImageDraw.Draw(tile).text(
-                (side / 2, side / 2), shortened(name, small, side - 12), "black", small, anchor="mm"
+                (side / 2, side / 2), truncate(name, small, side - 12), "black", small, anchor="mm"
             )
         page.paste(tile, (x, y))
         colour = "limegreen" if neighbour["index"] in explained else "silver"
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
-        draw.text((x, y + side + 3), shortened(name, small, side - 40), "black", small)
+        draw.text((x, y + side + 3), truncate(name, small, side - 40), "black", small)
         draw.text((x + side, y + side + 3), cosine, "black", small, anchor="ra")
     return page
 

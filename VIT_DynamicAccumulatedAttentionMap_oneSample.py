@@ -27,12 +27,12 @@ from models.command_line import (
     find_device,
     find_targets,
     flow_options,
-    going_on,
+    lens_outputs,
     load_named,
     manifest,
-    readings,
     run,
     save_result,
+    warn_fallback,
 )
 from models.images import read_image
 
@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> tuple[LoadedModel, list[int] | int]:
         try:
             loaded = load(DEFAULT, None, find_device(options.device))
         except WeightsUnavailable as error:
-            going_on(error, FALLBACK)
+            warn_fallback(error, FALLBACK)
             loaded = load(FALLBACK, None, find_device(options.device))
     if loaded.num_classes == 0:
         raise ValueError(
@@ -128,7 +128,7 @@ def explain(
         loaded.model, images, target,
         norm=options.norm, rows=options.rows, memory=options.memory, variant=options.variant,
     )  # fmt: skip
-    return flow, readings(loaded.model, images, flow, head=True)
+    return flow, lens_outputs(loaded.model, images, flow, head=True)
 
 
 def save(

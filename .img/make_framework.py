@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import models  # noqa: E402
-from daam_core import attention_flow, block_labels, overlay, render, whole_file  # noqa: E402
+from daam_core import attention_flow, block_labels, overlay, render  # noqa: E402
+from daam_vit.files import atomic_write  # noqa: E402
 from models.images import read_image  # noqa: E402
 
 WIDTH, HEIGHT = 2000, 1065  # pixels; y points down
@@ -87,7 +88,7 @@ class Canvas:
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
         coarse = (np.rint(pixels / 3) * 3).astype(np.uint8)  # not to be seen, and a third smaller as a file
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             Image.fromarray(coarse).save(part, "PNG", optimize=True)
 
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from daam_core import attention_flow, overlay, render, whole_file  # noqa: E402
+from daam_core import attention_flow, overlay, render  # noqa: E402
+from daam_vit.files import atomic_write  # noqa: E402
 from evaluation.decision import Decision  # noqa: E402
 from evaluation.metrics import area, removal_curves  # noqa: E402
 from models import load  # noqa: E402
@@ -54,7 +55,7 @@ def main() -> None:
         for tiles in rows:
             page.paste(tiles[i], (x, y))
             y += tiles[i].height + GAP
-    with whole_file(HERE / "variants.jpg") as part:
+    with atomic_write(HERE / "variants.jpg") as part:
         page.save(part, "JPEG", quality=88)
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from daam_core import UnsupportedModel, overlay, render, whole_file
+from daam_core import UnsupportedModel, overlay, render
+from daam_vit.files import atomic_write
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
 from evaluation.methods import CANDIDATES, METHODS, Explained, photo_seed
@@ -256,7 +257,7 @@ def begin(out: Path, settings: dict, told: dict) -> None:
         other = [key for key, value in settings.items() if there.get(key) != value]
         if other:
             raise ValueError(f"out: {out} holds a run with another {other[0]}; give another folder")
-    with whole_file(out / "run.json") as part:
+    with atomic_write(out / "run.json") as part:
         part.write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
 
 

@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-from daam_core import shortened, whole_file
+from daam_vit.drawing import truncate
+from daam_vit.files import atomic_write
 from evaluation.metrics import METRICS, SANITY
-from models.images import fitted
+from models.images import resize_longest_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -498,26 +499,26 @@ def sheet(
     width = right + count * (side + gap)
     rows = [Image.new("RGB", (width, line + 2 * gap), "white")]
     for x, words in ((left, "best: insertion high, deletion low"), (right, "worst")):
-        ImageDraw.Draw(rows[0]).text((x, gap), shortened(words, font, count * side), "black", font)
+        ImageDraw.Draw(rows[0]).text((x, gap), truncate(words, font, count * side), "black", font)
     for method, of in ranked.items():
         best, worst = of[: min(count, (len(of) + 1) // 2)], of[::-1][: min(count, len(of) // 2)]
         places = [(x + i * (side + gap), r) for x, end in ((left, best), (right, worst)) for i, r in enumerate(end)]
-        tiles = [fitted(picture(r, method).convert("RGB"), side) for _, r in places]
+        tiles = [resize_longest_side(picture(r, method).convert("RGB"), side) for _, r in places]
         height = max(tile.height for tile in tiles)
         rows.append(Image.new("RGB", (width, height + 2 * line + 2 * gap), "white"))
         draw = ImageDraw.Draw(rows[-1])
-        draw.text((gap, height // 2), shortened(method, font, left - 2 * gap), "black", font, anchor="lm")
+        draw.text((gap, height // 2), truncate(method, font, left - 2 * gap), "black", font, anchor="lm")
         for (x, record), tile in zip(places, tiles):
             rows[-1].paste(tile, (x, height - tile.height))
             insertion, deletion = _areas(record, method)
             for i, text in enumerate((record["name"], f"ins {insertion:.2f}  del {deletion:.2f}")):
-                draw.text((x, height + 3 + i * line), shortened(text, font, side), "black", font)
+                draw.text((x, height + 3 + i * line), truncate(text, font, side), "black", font)
     page = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
     for row in rows:
         page.paste(row, (0, y))
         y += row.height
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         page.save(part, "PNG")
 
 
@@ -561,7 +562,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     if blocks:
         texts["blocks.md"] = block_tables(blocks, run)
     for name, text in texts.items():
-        with whole_file(directory / name) as part:
+        with atomic_write(directory / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
     figures = {
         "curves.png": curves_figure(photos, run),
@@ -570,7 +571,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     }
     for name, figure in figures.items():
         if figure is not None:
-            with whole_file(directory / name) as part:
+            with atomic_write(directory / name) as part:
                 figure.savefig(part, format="png")
     if picture is not None and any(best_first(photos, method) for method in methods):
         sheet(photos, methods, picture, directory / "sheet.png")

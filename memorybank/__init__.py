@@ -33,9 +33,9 @@ __all__ = ["MemoryBank", "Vote", "read_pair"]
 TILE, SLAB = 4096, 64
 """Rows that are widened to float32 at once, 6 MB at D = 384, and rows of one product in a batch of them: with small
 products all cores take part, which a single product with one query would leave to one."""
-COLDEST = 0.02
+MIN_TEMPERATURE = 0.02
 """The least temperature: exp(1 / 0.02) is still far from the limit of float32."""
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 """A larger label is taken for damage."""
 SPAN = 1 << 22
 """Similarities that are gathered before the best of them are picked: 16 MB."""
@@ -188,14 +188,14 @@ class MemoryBank:
             temperature: the smaller, the more the nearest count.
 
         Raises:
-            ValueError: as `nearest`; when the temperature is below `COLDEST`.
+            ValueError: as `nearest`; when the temperature is below `MIN_TEMPERATURE`.
         """
         return self.vote(*self.nearest(features, k), temperature)
 
     def vote(self, similarities: Tensor, neighbours: Tensor, temperature: float = 0.07) -> Vote:
         """The vote of neighbours that are known: both `(B, k)`, from `nearest`."""
-        if not temperature >= COLDEST:
-            raise ValueError(f"temperature: expected at least {COLDEST}, got {temperature}")
+        if not temperature >= MIN_TEMPERATURE:
+            raise ValueError(f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}")
         labels = self.labels[neighbours.to(self.labels.device)].to(neighbours.device)
         weights = (similarities / temperature).exp()
         votes = weights.new_zeros(len(weights), self.num_classes).scatter_add_(1, labels, weights)
@@ -293,9 +293,9 @@ def read_pair(directory: str | Path, split: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"bank: {paths[1]} should hold integers (M,), but has {tuple(labels.shape)} {labels.dtype}")
     if len(labels) != len(features):
         raise ValueError(f"bank: {paths[1]} has {len(labels)} labels for {len(features)} features")
-    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
         wrong = min(labels.min().item(), 0) or labels.max().item()
-        raise ValueError(f"bank: {paths[1]} has the label {wrong}; expected 0 to {MOST_CLASSES - 1}")
+        raise ValueError(f"bank: {paths[1]} has the label {wrong}; expected 0 to {MAX_CLASSES - 1}")
     sample = features[:: max(1, len(features) // 256)].float()
     if not torch.isfinite(sample).all():
         raise ValueError(f"bank: {paths[0]} has NaN or infinite values; build it again")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from memorybank import COLDEST, MemoryBank, read_pair
+from memorybank import MIN_TEMPERATURE, MemoryBank, read_pair
 from memorybank.build import DTYPES, WORKERS, build
 from models import architecture_of, load
 from models.command_line import Parser, find_device, number, run
@@ -68,7 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="K",
         help="neighbours (default: 10 20 100 200)",
     )
-    add("--temperature", type=number(float, COLDEST, 100), default=0.07, metavar="T", help=f"of the votes {shown}")
+    add(
+        "--temperature",
+        type=number(float, MIN_TEMPERATURE, 100),
+        default=0.07,
+        metavar="T",
+        help=f"of the votes {shown}",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
     show = commands.add_parser(

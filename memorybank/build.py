@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from daam_core import whole_file
+from daam_vit.files import atomic_write
 from models import LoadedModel, weights_sha256
 from models.command_line import versions
 from models.images import looks_like_image, read_image
@@ -97,7 +97,7 @@ def build(
         unreadable = {}
         for split, files in items.items():
             batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
-            missing = _agreed([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
+            missing = _broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
             if rank == 0 and 0 < len(missing) < len(batches):
                 done = len(files) - sum(len(batches[n]) for n in missing)
                 tqdm.write(f"{split}: going on after {done} of {len(files)} images", file=sys.stderr)
@@ -191,7 +191,7 @@ def _extract(
             if not all(finite):
                 file = files[index[finite.index(False)]]
                 raise ValueError(f"model: the feature of {file} is not finite; look for NaN in the weights")
-            with whole_file(part) as whole:
+            with atomic_write(part) as whole:
                 torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, whole)
             bar.update(len(index))
 
@@ -214,7 +214,7 @@ def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
     if not (parts / "plan.json").is_file():
         for left in parts.iterdir():  # a build that was killed while it cleaned up
             left.unlink()
-        with whole_file(parts / "plan.json") as part:
+        with atomic_write(parts / "plan.json") as part:
             part.write_text(json.dumps(plan), encoding="utf-8")
 
 
@@ -306,7 +306,7 @@ def _finish(
     for name in pairs:
         if (parts / name).is_file():
             os.replace(parts / name, out / name)
-    with whole_file(out / "bank.json") as part:
+    with atomic_write(out / "bank.json") as part:
         part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII: file names of any kind
     (parts / "plan.json").unlink()  # first: parts without a plan belong to nobody
     shutil.rmtree(parts)
@@ -354,7 +354,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _agreed(value: list) -> list:
+def _broadcast(value: list) -> list:
     """What the first rank has."""
     if dist.is_initialized():
         box = [value]

@@ -32,14 +32,14 @@ from daam_core import (
     save_flow,
 )
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load, sha256
-from models.images import find_images, fitted, read_image
+from models.images import find_images, read_image, resize_longest_side
 from models.weights import first_line
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
 LARGE = 4_000_000  # pixels above which twelve frames take a while
-MOST_CLASSES = 10  # of one photo
+MAX_CLASSES = 10  # of one photo
 OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"  # CUDA and MPS, cuBLAS, CPU, Windows
-LONGEST = 80  # characters of the classes in the name of a folder
+MAX_NAME_LENGTH = 80  # characters of the classes in the name of a folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from None
 
 
-def going_on(error: WeightsUnavailable, instead: str) -> None:
+def warn_fallback(error: WeightsUnavailable, instead: str) -> None:
     """Say, in one line, why a default cannot be had and what takes its place."""
     reason = str(error).removeprefix("model: ").split(";")[0]
     print(f"{reason}; going on with the embedded {instead}", file=sys.stderr)
@@ -229,7 +229,7 @@ def find_targets(
     if target is None:
         return 1
     words = [str(word) for word in (target if isinstance(target, (list, tuple)) else [target])]
-    most = min(MOST_CLASSES, num_classes)
+    most = min(MAX_CLASSES, num_classes)
     if not 1 <= len(words) <= most:
         raise ValueError(f"target: expected 1 to {most} classes, got {len(words)}")
     indices = []
@@ -260,7 +260,7 @@ QUANTITIES = {"probability": ("probability", "head"), "vote": ("share of the vot
 """By the key in flow.json: in words, and what follows the norm."""
 
 
-def readings(model: nn.Module, images: Tensor, flow: AttentionFlow, head: bool) -> Tensor | None:
+def lens_outputs(model: nn.Module, images: Tensor, flow: AttentionFlow, head: bool) -> Tensor | None:
     """`logit_lens` of the images of a flow; None, and a line that says why, where the model has none."""
     try:
         return logit_lens(model, images, flow.rows, head, flow.output)
@@ -317,7 +317,7 @@ def draw_evolution(photo: Image.Image, accumulated: Tensor, evolution: dict, nam
     """Of what `evolution` says, with the names of the explained classes."""
     blocks, runner_up = evolution["blocks"], evolution["runner_up"]
     quantity = next(name for name in QUANTITIES if name in blocks[0])
-    small = fitted(photo, 320)
+    small = resize_longest_side(photo, 320)
     panels = accumulated.reshape(len(names), len(blocks), *accumulated.shape[-2:])
     labels = [*names, *([runner_up["name"].split(", ")[0]] if runner_up else [])]
     named = dict(zip(blocks[0][quantity], labels))
@@ -502,8 +502,8 @@ def save_result(
     names = [name.split(", ")[0] for _, name, _ in explained]
     names = [f"{name} {k}" if alike[file_name(name)] > 1 else name for name, (k, _, _) in zip(names, explained)]
     suffix = "-".join(map(file_name, names))
-    if len(names) > 1 and len(suffix) > LONGEST:
-        suffix = f"{suffix[:LONGEST]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
+    if len(names) > 1 and len(suffix) > MAX_NAME_LENGTH:
+        suffix = f"{suffix[:MAX_NAME_LENGTH]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
     suffix += "-patches" * (flow.rows == "patches") + f"-{flow.variant}" * (flow.variant != "paper")
     folder = folder.with_name(f"{folder.name}-{suffix}")
 
@@ -521,7 +521,7 @@ def save_result(
     if options.size == "model":
         photo = photo.resize(loaded.size[::-1], Image.Resampling.BICUBIC)
     elif options.size != "image":
-        photo = fitted(photo, options.size)
+        photo = resize_longest_side(photo, options.size)
     if len(names) * photo.width * photo.height > LARGE:
         each = f"{len(names)} x " * (len(names) > 1) + f"{photo.width} x {photo.height}"
         tqdm.write(f"  frames of {each} pixels take a while; --size 1024 is faster")

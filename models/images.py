@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SMALLEST = 8
+MIN_SIDE = 8
 """Pixels a side below which a picture has nothing to explain."""
 
 
@@ -57,13 +57,15 @@ def read_image(path: str | Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise ValueError(f"image: {path} {reason}") from None
-    if min(image.size) < SMALLEST:
+    if min(image.size) < MIN_SIDE:
         size = f"{image.width} x {image.height}"
-        raise ValueError(f"image: {path} has {size} pixels; the least is {SMALLEST} x {SMALLEST}")
+        raise ValueError(f"image: {path} has {size} pixels; the least is {MIN_SIDE} x {MIN_SIDE}")
     return image
 
 
-def fitted(image: Image.Image, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+def resize_longest_side(
+    image: Image.Image, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """The picture with a longer side of so many pixels; as Pillow's `contain`, but never 0 pixels narrow."""
     scale = side / max(image.size)
     return image.resize([max(1, round(scale * pixels)) for pixels in image.size], resampling)

@@ -38,7 +38,7 @@ from models.weights import (
     first_line,
     in_hub_cache,
     in_torch_cache,
-    misfits,
+    key_mismatches,
     read_checkpoint,
     require_server,
 )
@@ -204,7 +204,7 @@ def from_transformers(name: str) -> Source:
             size, mean, std, interpolation = _image_settings(folder, config, transformers)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
         raise ValueError(f"model: {name} cannot be loaded: {first_line(error)}") from error
-    report = misfits(
+    report = key_mismatches(
         {
             "missing": sorted(loaded["missing_keys"]),
             "of another shape": sorted(k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]),

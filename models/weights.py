@@ -136,7 +136,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: s
         ValueError: when it is not of this model, key by key and shape by shape.
     """
     own = model.state_dict()
-    report = misfits(
+    report = key_mismatches(
         {
             "missing": [key for key in own if key not in state],
             "unknown": [key for key in state if key not in own],
@@ -148,7 +148,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: s
     model.load_state_dict(state)
 
 
-def misfits(keys: dict[str, list[str]]) -> str:
+def key_mismatches(keys: dict[str, list[str]]) -> str:
     """The keys that do not fit, after what is wrong with them; empty where nothing is."""
     return "; ".join(
         f"{len(k)} keys {what} ({', '.join(k[:3])}{', ...' * (len(k) > 3)})" for what, k in keys.items() if k

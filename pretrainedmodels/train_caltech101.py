@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from daam_core import whole_file  # noqa: E402
+from daam_vit.files import atomic_write  # noqa: E402
 from models import load  # noqa: E402
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
@@ -111,7 +111,7 @@ def encode(model: nn.Module, frozen: int, photos: Photos, path: Path, device: st
     """Tokens `(M, N, C)` float16 after the first `frozen` blocks, memory-mapped from `path`; made there once."""
     if not path.exists():
         shape = (len(photos), model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim)
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             tokens, done = np.lib.format.open_memmap(part, "w+", np.float16, shape), 0
             for images, _ in tqdm(DataLoader(photos, batch_size=64, num_workers=workers), desc=path.name, unit="batch"):
                 x = model.norm_pre(model._pos_embed(model.patch_embed(images.to(device))))
@@ -215,7 +215,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out.with_name("caltech101_held_out.txt")) as part:
+    with atomic_write(args.out.with_name("caltech101_held_out.txt")) as part:
         part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))
 
     model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=len(classes))
@@ -280,7 +280,7 @@ def main() -> None:
             line += f", held-out mean class accuracy {accuracy:.4f}"
         print(line, flush=True)
         state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
-        with whole_file(resume) as part:
+        with atomic_write(resume) as part:
             torch.save(state | {"epoch": epoch + 1}, part)
 
     weights = {name: t.half().cpu().contiguous() for name, t in ema.module.state_dict().items()}
@@ -289,7 +289,7 @@ def main() -> None:
         "model_args": json.dumps({"img_size": SIZE, "num_classes": len(classes)}),
         "class_names": json.dumps(classes),
     }
-    with whole_file(args.out) as part:
+    with atomic_write(args.out) as part:
         safetensors.torch.save_file(weights, part, metadata)
     evaluate(args.out, held_out, *run)
 

@@ -38,7 +38,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision import transforms
-from train_caltech101 import ARCHITECTURE, SIZE, Photos, backbone_from_onnx, encode, options, split, whole_file
+from train_caltech101 import ARCHITECTURE, SIZE, Photos, atomic_write, backbone_from_onnx, encode, options, split
 
 
 def augmentation(size: int, mean, std) -> transforms.Compose:
@@ -242,7 +242,7 @@ def main() -> None:
         print(f"epoch {epoch + 1}/{args.epochs}: loss {total / per_epoch:.3f}, {time.time() - began:.0f} s, "
               f"leave-one-out k-NN {accuracy:.4f}", flush=True)  # fmt: skip
         state = {name: module.state_dict() for name, module in modules.items()}
-        with whole_file(resume) as part:
+        with atomic_write(resume) as part:
             torch.save(state | {"optimizer": optimizer.state_dict(), "queue": queue, "epoch": epoch + 1}, part)
 
     standardise(teacher.norm, features(teacher, looked_at, args.device))
@@ -252,7 +252,7 @@ def main() -> None:
     vit.norm.load_state_dict(teacher.norm.state_dict())
     weights = {name: t.half().cpu().contiguous() for name, t in vit.state_dict().items()}
     metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps({"img_size": SIZE, "num_classes": 0})}
-    with whole_file(args.out) as part:
+    with atomic_write(args.out) as part:
         safetensors.torch.save_file(weights, part, metadata)
     link(train, args.work / "train")
     link(held_out, args.work / "held_out")

@@ -31,6 +31,7 @@ from daam_core import (
     VARIANTS,
     AttentionFlow,
     UnsupportedModel,
+    atomic_write,
     attention_flow,
     block_labels,
     overlay,
@@ -39,7 +40,6 @@ from daam_core import (
     save_gif,
     sheet,
     side_by_side,
-    whole_file,
 )
 
 WIDTH, BLOCKS = TINY["embed_dim"], TINY["depth"]
@@ -1017,7 +1017,7 @@ def test_whole_file_appears_at_the_end(tmp_path, old):
     path = tmp_path / "a.txt"
     if old:
         path.write_text(old)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
         assert part.parent == tmp_path and part != path  # the same folder: a rename is atomic only there
         assert path.exists() == bool(old) and (not old or path.read_text() == old)
@@ -1026,7 +1026,7 @@ def test_whole_file_appears_at_the_end(tmp_path, old):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_whole_file_does_not_appear_after_an_exception(tmp_path, error):
-    with pytest.raises(error), whole_file(str(tmp_path / "a.txt")) as part:
+    with pytest.raises(error), atomic_write(str(tmp_path / "a.txt")) as part:
         part.write_text("half")
         raise error
     assert not os.listdir(tmp_path)

@@ -302,7 +302,7 @@ def test_a_model_without_readings_is_a_line_and_no_error(images, capsys):
     model = tiny_timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
                       num_classes=5)  # fmt: skip
     flow = attention_flow(model, images)
-    assert command_line.readings(model, images, flow, head=True) is None
+    assert command_line.lens_outputs(model, images, flow, head=True) is None
     out, err = capsys.readouterr()
     assert out.startswith("  no evolution.png: VisionTransformer has an attention pool; ") and not err
     assert out.count("\n") == 1

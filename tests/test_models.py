@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 import models
 from models import WeightsUnavailable, find_class, load
-from models.images import find_images, fitted, read_image
+from models.images import find_images, read_image, resize_longest_side
 
 TINY = "vit_tiny_patch16_224"
 
@@ -403,8 +403,10 @@ def test_fitted():
     for size in ((600, 400), (401, 600), (20, 20)):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
         expected = ImageOps.contain(image, (320, 320), Image.Resampling.BICUBIC)
-        assert fitted(image, 320).size == expected.size and np.array_equal(fitted(image, 320), expected)
-    assert fitted(Image.new("RGB", (8, 6000)), 320).size == (1, 320)
+        assert resize_longest_side(image, 320).size == expected.size and np.array_equal(
+            resize_longest_side(image, 320), expected
+        )
+    assert resize_longest_side(Image.new("RGB", (8, 6000)), 320).size == (1, 320)
 
 
 def test_find_images(tmp_path):

@@ -1,0 +1,227 @@
+"""Hold inputs and runs against what the method assumes, and refuse what does not hold in one line.
+
+Every message begins with the argument, says what is wrong, and names the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from daam_vit.attention import AttentionCall
+from daam_vit.libraries import Images, UnsupportedModel
+from daam_vit.plan import Plan
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the argument `name` has one of the values."""
+    if value not in choices:
+        expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_images(model: nn.Module, images: Tensor, channels: int | None) -> None:
+    """Raise a ValueError unless `images` are `(B, C, H, W)` of floating point; `channels` None: any number."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: expected a tensor (B, C, H, W) with B > 0, got {shape}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
+        )
+    if channels is not None and images.shape[1] != channels:
+        raise ValueError(f"images: the model takes {channels} channels, got {images.shape[1]}")
+
+
+def check_size(images: Tensor, fixed: Sequence[int] | None, stride: Sequence[int] = (1, 1), way_out: str = "") -> None:
+    """Raise a ValueError unless `(B, C, H, W)` fits the only size of a model (None: any), or its stride."""
+    h, w = images.shape[2:]
+    if fixed is not None and (h, w) != tuple(fixed):
+        raise ValueError(f"images: the model takes {fixed[0]} x {fixed[1]} pixels, got {h} x {w}; resize them{way_out}")
+    if fixed is None and any(side < s or side % s for side, s in zip((h, w), stride)):
+        raise ValueError(
+            f"images: {h} x {w} pixels are not a multiple of the model's stride, {stride[0]} x {stride[1]}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is explained
+# ----------------------------------------------------------------------------------------------------------------------
+
+Target = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+"""A class index, one for each image, or K for each image."""
+
+
+def class_indices(target: Target | Callable[[Tensor], Target] | None, scores: Tensor) -> Tensor:
+    """Return the class indices to explain, `(B,)` or `(B, K)` int64, on the device of the scores `(B, num_classes)`."""
+    batch, classes = scores.shape
+    if target is None:
+        return scores.argmax(1)
+    if callable(target):
+        with torch.no_grad():
+            target = target(scores)
+    try:
+        indices = torch.as_tensor(target, device=scores.device)
+    except (TypeError, ValueError, RuntimeError):
+        indices = torch.empty(0)
+    integers = indices.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not integers or not (indices.ndim == 0 or (indices.ndim <= 2 and len(indices) == batch and indices.numel())):
+        got = " ".join(repr(target).split())[:60]
+        raise ValueError(
+            f"target: expected None, a class index, or for each of {batch} images one index (B,) or K of them (B, K), "
+            f"got {got}"
+        )
+    wrong = indices[(indices < 0) | (indices >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"target: class {wrong[0].item()} is out of range; the model has {classes} classes, 0..{classes - 1}"
+        )
+    return indices.long().expand(batch) if indices.ndim == 0 else indices.long()
+
+
+def importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Return the importance, `(B, D)` or `(B, K, D)`, in the dtype and on the device of the features `(B, D)`."""
+    b, d = features.shape
+    with torch.no_grad():
+        weights = importance(features) if callable(importance) else importance
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+    if shape not in ((d,), (b, d)) and not (len(shape) == 3 and shape[::2] == (b, d) and shape[1] > 0):
+        raise ValueError(
+            f"importance: expected a tensor ({d},), ({b}, {d}) or ({b}, K, {d}), the width of the features, got {shape}"
+        )
+    weights = weights.detach().to(features)
+    if not torch.isfinite(weights).all():
+        raise ValueError("importance: has NaN or infinite values")
+    return weights.expand_as(features) if weights.ndim == 1 else weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_forward(model: nn.Module, plan: Plan, calls: Sequence[AttentionCall], output: Tensor, images: Images) -> None:
+    """Raise unless every planned layer attended once, between the expected tokens, and the output depends on it."""
+    name = type(model).__name__
+    seen = [call.layer for call in calls]
+    for layer in plan.layers:
+        if (times := seen.count(layer)) != 1:
+            raise UnsupportedModel(
+                f"model: attention was seen {times} times in the {type(layer.module).__name__} of {name}, expected "
+                f"once; DAAM sees scaled_dot_product_attention and softmax(Q K^T) V"
+            )
+    size = len(images["patches"] if isinstance(images, dict) else images)
+    for call in calls:
+        batch, queries, keys = call.shape
+        layer = call.layer
+        cells = math.prod(layer.grid) if layer.cells is None else layer.cells.shape[1]
+        if batch != size or keys != layer.prefix + cells or queries < (layer.queries or 1):
+            raise UnsupportedModel(
+                f"model: {name} attends in {batch} images from {queries} to {keys} tokens in its "
+                f"{type(layer.module).__name__}; expected {size} images and {layer.prefix} + {cells} tokens"
+            )
+    check_output(output)
+    if not output.requires_grad:
+        raise UnsupportedModel(
+            f"model: the output of {name} does not depend on its attention; is its forward under torch.no_grad()?"
+        )
+
+
+def check_output(output: Tensor) -> None:
+    """Raise unless an output is `(B, D)` and finite."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
+    if not torch.isfinite(output).all():
+        raise ValueError(
+            f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
+            f"or for an overflow of {output.dtype}"
+        )
+
+
+def completeness_error(a: Tensor, V: Tensor, T: Tensor) -> Tensor:
+    """Return the largest |sum_j S_b[j] - T_b| relative to the largest |T_b|, for rows `a` `(B, H, Q, N)` of A."""
+    largest = T.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return (a @ V - T).abs().max() / largest
+
+
+def queries_read(C: Tensor) -> Tensor:
+    """`(M,)` bool: the queries to which the gradient dY/dT `(B, H, M, d)` is not zero, those that the score reads."""
+    return C.ne(0).any(-1).flatten(0, -2).any(0)
+
+
+def check_backward(model: nn.Module, maps: Sequence[Tensor], errors: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raise unless maps are finite and semantic maps add up to the attention, in every layer.
+
+    Args:
+        model: for the message.
+        maps: of every layer.
+        errors: `completeness_error` of every layer.
+        dtype: the model's.
+    """
+    if not torch.isfinite(torch.stack([m.sum() for m in maps])).all():
+        raise ValueError(f"images: a gradient is not finite; look for an overflow of {dtype}")
+    error, allowed = torch.stack(list(errors)), tolerance(dtype)
+    if not (error <= allowed).all():
+        raise UnsupportedModel(
+            f"model: the attention of {type(model).__name__} is not the sum of its semantic maps: they miss it by "
+            f"{error.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {dtype}"
+        )
+
+
+def check_queries(model: nn.Module, read: Tensor, queries: int, way_out: str) -> None:
+    """Raise if the score reads other queries of the last attention than the first ones.
+
+    Args:
+        model: for the message.
+        read: from `queries_read`.
+        queries: how many, the first ones, it may read.
+        way_out: the end of the message.
+    """
+    if read[queries:].any():
+        besides = "besides the class token" if read[:queries].any() else "and not the class token"
+        raise UnsupportedModel(
+            f"model: the score of {type(model).__name__} reads the patch tokens {besides}; use a model whose head "
+            f"reads the class token alone (timm: global_pool='token'){way_out}"
+        )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far two ways to compute the same value may differ, relative to the largest value."""
+    exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
+    return max(2e-3 if exact else 1e-2, 30 * torch.finfo(dtype).eps)
+
+
+def check_patch_order(model: nn.Module, values: Tensor, image: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    """Raise unless the values of a patch in the first attention depend most on the pixels of its own cell.
+
+    Args:
+        model: for the message.
+        values: V `(1, H, N, d)` of the first attention, with its graph.
+        image: `(1, C, H, W)`, at which the graph begins.
+        grid: `(h, w)` of the patches.
+        prefix: keys before the patches.
+    """
+    cells = math.prod(grid)
+    right = values.shape[::2] == (1, prefix + cells)
+    for k in {0, 1, grid[1], cells - 2} & set(range(cells)) if right else ():
+        size = values[0, :, prefix + k].square().sum()
+        gradient = torch.autograd.grad(size, image, retain_graph=True, allow_unused=True)[0]
+        heat = 0 * image if gradient is None else gradient.abs()
+        right = right and F.adaptive_avg_pool2d(heat.sum(1), grid).argmax().item() == k
+    if not right:
+        raise UnsupportedModel(
+            f"model: the tokens of {type(model).__name__} are not {prefix} and then the patches, row by row; "
+            f"{OTHER_MODEL}"
+        )
+
+
+OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"

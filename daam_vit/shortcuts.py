@@ -1,0 +1,287 @@
+"""Compute less, with the same result: a layer over the recorder that can be left out.
+
+Three shortcuts:
+
+1. After the last attention, tokens that cannot affect the score are skipped: its other queries are not computed, and
+   all that follows sees the first rows only.
+2. Between the first and the second attention, the graph of matrix products holds the first rows only: the gradient of
+   the other tokens would end at the first attention, whose other rows are not read.
+3. With little memory, a block keeps its input and what its fused attention returned, and computes the rest again in the
+   backward (Chen et al. 2016, "Training deep nets with sublinear memory cost", https://arxiv.org/abs/1604.06174).
+
+The first two need no code for each family. They look at the name of every torch function: what is known to treat tokens
+one by one runs on the first rows. If anything else follows the last attention, the shortcut is given up, and the model
+runs once more for all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient, is_attribute, without_weights
+from daam_vit.libraries import UnsupportedModel
+from daam_vit.plan import Plan
+
+LARGE_GRAPH = 256 * 2**20
+"""Bytes an image; `memory="auto"` recomputes the blocks of a model that would keep more."""
+
+
+class ShortcutRecorder(AttentionRecorder):
+    """An `AttentionRecorder` that skips tokens and recomputes blocks."""
+
+    def __init__(self, plan: Plan, on_gradient: OnGradient, memory: str = "auto"):
+        """Record the layers of a plan; `memory` as in `attention_flow`."""
+        super().__init__(plan.layers, on_gradient)
+        self.memory, self.last = memory, plan.last
+        self.recomputable = [layer.module for step in plan.steps[:-1] for layer in step]
+        self.after_first: tuple[int, int] | None = None
+        self.after_last: tuple[int, int] | None = None
+        """After the first, or the last, attention: how many rows count, and of how many."""
+        self.recomputed: nn.Module | None = None
+        """The block that was recomputed last."""
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """As the base class; unless memory is "fast", with `recomputed_blocks`, for one flow of a model at a time."""
+        with super().attached(model), ExitStack() as stack:
+            if self.memory != "fast":
+                stack.enter_context(_lock_of(model))
+                stack.enter_context(recomputed_blocks(self, blocks_around(model, self.recomputable)))
+            yield
+
+    def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        """As the base class; if rows mix after the last attention, once more for all tokens."""
+        try:
+            return super().run(forward, *args)
+        except _MixesRows:
+            self.last = self.after_first = self.after_last = None
+            self._leave_layer()
+            self.calls.clear()
+            self.leaves.clear()
+            return super().run(forward, *args)
+        finally:
+            self.after_first = self.after_last = None
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if (self.after_first is None and self.after_last is None) or is_attribute(func):
+            return super().__torch_function__(func, types, args, kwargs)
+        if self.after_last is not None:
+            args, kwargs = tuple(map(without_weights, args)), {k: without_weights(a) for k, a in kwargs.items()}
+            return self._on_first_rows(func, args, kwargs)
+        kind = row_kind(func, args, kwargs)
+        if not kind:
+            self.after_first = None
+        elif func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
+            return self._linear_with_graph_of_first_rows(*map(without_weights, args), **kwargs)
+        output = super().__torch_function__(func, types, args, kwargs)
+        if kind == "rearranges" and output.ndim < 3:
+            self.after_first = None
+        return output
+
+    def attend(self, func: Callable, matrix_of: Callable[..., AttentionMatrix], named: dict[str, Any]) -> Tensor:
+        """As the base class; of the last layer only the first queries are computed."""
+        name = "query" if "query" in named else "input"
+        rows, tokens = self.layer.queries, named[name].shape[-2]
+        is_last = self.layer is self.last and rows < tokens and not named.get("is_causal")
+        if is_last:
+            for argument in (name, "attn_mask"):
+                if named.get(argument) is not None and named[argument].shape[-2] > 1:
+                    named[argument] = named[argument][..., :rows, :]
+        T = super().attend(func, matrix_of, named)
+        if is_last:
+            self.after_last = rows, tokens
+            return F.pad(T, (0, 0, 0, tokens - rows))
+        if len(self.calls) == 1 and self.last is not None and rows < tokens:
+            self.after_first = rows, tokens
+        return T
+
+    def _linear_with_graph_of_first_rows(self, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
+        rows, _ = self.after_first
+        parts = x[:, :rows].contiguous(), x.detach()[:, rows:].contiguous()
+        named = {name: without_weights(w) for name, w in named.items()}
+        return torch.cat([F.linear(part, *weights, **named) for part in parts], 1)
+
+    def _on_first_rows(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function after the last attention, with every `(B, N, C)` cut to its first rows."""
+        rows, tokens = self.after_last
+        kind = row_kind(func, args, kwargs)
+        if kind == "looks":
+            return func(*args, **kwargs)
+        if kind == "computes":
+            cut = partial(_first_rows, rows, tokens)
+            return func(*map(cut, args), **{key: cut(a) for key, a in kwargs.items()})
+        if kind == "rearranges" and (output := func(*args, **kwargs)).ndim > 2:
+            return output
+        index = args[1] if func is Tensor.__getitem__ and args[0].ndim == 3 else None
+        match index:
+            case (slice(start=None, stop=None), int() | slice() as tokens_read, *_):
+                read = range(tokens)[tokens_read]
+                if set(read if isinstance(read, range) else [read]) <= set(range(rows)):
+                    return func(*args, **kwargs)
+        raise _MixesRows(func)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Functions that treat tokens one by one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _MixesRows(Exception):
+    """After the last attention, a function was called that may read more than the first rows."""
+
+
+def row_kind(func: Callable, args: Sequence, kwargs: dict) -> str:
+    """Say what a function does with tokens `(B, N, C)`, if it treats them one by one.
+
+    Returns:
+        "looks" (it changes nothing), "computes", "rearranges" (the heads of all tokens), or "" if nothing is known.
+    """
+    name = getattr(func, "__name__", "")
+    flat = [b for a in (*args, *kwargs.values()) for b in (a if type(a) in (list, tuple) else [a])]
+    ranks = {a.ndim for a in flat if isinstance(a, Tensor)}
+    if max(ranks, default=0) < 3 or name in _LOOKS:
+        return "looks"
+    if name in _REARRANGES and ranks == {4}:
+        return "rearranges"
+    if name in ("layer_norm", "rms_norm"):
+        by_row = len(args) > 1 and len(args[1]) == 1
+    elif name in ("cat", "chunk", "split"):
+        dim = kwargs.get("dim", args[-1] if len(args) > 1 else None)
+        by_row = isinstance(dim, int) and dim == -1
+    elif name == "mean":
+        by_row = kwargs.get("dim") in (-1, (-1,), [-1]) and kwargs.get("keepdim", False)
+    else:
+        by_row = name == "linear" or 2 not in ranks
+    return "computes" if by_row and name in _COMPUTES else ""
+
+
+def _first_rows(rows: int, tokens: int, argument: Any) -> Any:
+    """Cut every `(B, N, C)` with N `tokens`, also in a list, to `(B, rows, C)`."""
+    if type(argument) in (list, tuple):
+        return type(argument)(_first_rows(rows, tokens, a) for a in argument)
+    has_tokens = isinstance(argument, Tensor) and argument.ndim == 3 and argument.shape[1] == tokens
+    return argument[:, :rows] if has_tokens else argument
+
+
+_COMPUTES = {
+    "add", "cat", "chunk", "contiguous", "dropout", "float", "gelu", "layer_norm", "linear", "mean", "mul", "pow",
+    "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "split", "sub", "tanh", "to",
+}  # fmt: skip
+_REARRANGES = {"contiguous", "flatten", "permute", "reshape", "transpose", "view"}
+_LOOKS = {
+    "__len__", "detach", "dim", "is_contiguous", "is_floating_point", "numel", "register_hook",
+    "requires_grad_", "size", "stride", "untyped_storage",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks that are recomputed
+# ----------------------------------------------------------------------------------------------------------------------
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+"""One lock a model: while `forward` of its blocks is replaced, no other flow may replace it."""
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    return _locks.setdefault(model, threading.RLock())
+
+
+def blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the innermost elements of module lists that contain the given modules, or that they are themselves."""
+    around: dict[nn.Module, nn.Module | None] = {model: None}
+    for parent in model.modules():
+        for child in parent.children():
+            in_list = isinstance(parent, nn.ModuleList | nn.Sequential)
+            around.setdefault(child, child if in_list else around[parent])
+    return [block for block in dict.fromkeys(around[module] for module in modules) if block is not None]
+
+
+@contextmanager
+def recomputed_blocks(recorder: ShortcutRecorder, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Run blocks under `torch.utils.checkpoint` while the recorder runs; other threads run them as they are."""
+    own = {block: block.__dict__.get("forward") for block in blocks}
+    try:
+        for block in blocks:
+            block.forward = partial(_run_block, recorder, len(blocks), block, block.forward)
+        yield
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"model: a {type(recorder.recomputed).__name__} does not compute the same twice; pass memory='fast'"
+        ) from error
+    finally:
+        for block, forward in own.items():
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _run_block(
+    recorder: ShortcutRecorder, blocks: int, block: nn.Module, forward: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    # a block keeps about 10 N C values: norm1, qkv (3), T, norm2, MLP (4)
+    graph = 0 if tokens is None else 10 * blocks * math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
+    if not recorder.is_running() or not (recorder.memory == "low" or graph > LARGE_GRAPH):
+        return forward(*args, **kwargs)
+    outputs = _AttentionOutputs()
+    contexts = outputs, _SecondPass(recorder, block, outputs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+
+
+class _AttentionOutputs(TorchDispatchMode):
+    """Keeps what fused attention returns, its output and the log-sum-exp of its rows; returns it in the second pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: list[tuple] = []
+        self.replayed: Iterator[tuple] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
+            return func(*args, **(kwargs or {}))
+        if self.replayed is not None:
+            outputs = next(self.replayed)
+        else:
+            outputs = func(*args, **(kwargs or {}))
+            self.kept.append(outputs)
+        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+
+
+class _SecondPass:
+    """Context of a recomputation: the recorder as it was when the block began, and the kept attention outputs."""
+
+    def __init__(self, recorder: ShortcutRecorder, block: nn.Module, outputs: _AttentionOutputs):
+        self.recorder, self.block, self.outputs = recorder, block, outputs
+        self.calls, self.layer, self.after_first = len(recorder.calls), recorder.layer, recorder.after_first
+
+    def __enter__(self) -> None:
+        recorder = self.recorder
+        self.recorded = recorder.calls, recorder.leaves
+        recorder.calls, recorder.leaves = recorder.calls[: self.calls], []  # what is recorded now is not kept
+        recorder.layer, recorder.after_first, recorder.recomputed = self.layer, self.after_first, self.block
+        self.outputs.replayed = iter(self.outputs.kept)
+        self.outputs.__enter__()
+        recorder.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        recorder = self.recorder
+        recorder.__exit__(*exception)
+        self.outputs.__exit__(*exception)
+        self.outputs.replayed = None
+        recorder._leave_layer()
+        recorder.after_first = None
+        recorder.calls, recorder.leaves = self.recorded
