@@ -24,25 +24,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from command_line.options import find_device, find_targets, flow_options, load_named, number, run, warn_fallback
+from command_line.photos import explain_photos
+from command_line.results import evolution, file_name, lens_outputs, manifest, save_result
 from daam_core import AttentionFlow, attention_flow
 from daam_vit.drawing import truncate
 from memorybank import MIN_TEMPERATURE, MemoryBank, Vote
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
-from models.command_line import (
-    evolution,
-    explain_photos,
-    file_name,
-    find_device,
-    find_targets,
-    flow_options,
-    lens_outputs,
-    load_named,
-    manifest,
-    number,
-    run,
-    save_result,
-    warn_fallback,
-)
 from models.images import read_image, resize_longest_side
 
 HERE = Path(__file__).parent

@@ -19,21 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from command_line.options import find_device, find_targets, flow_options, load_named, run, warn_fallback
+from command_line.photos import explain_photos
+from command_line.results import evolution, lens_outputs, manifest, save_result
 from daam_core import AttentionFlow, attention_flow
 from models import LoadedModel, WeightsUnavailable, load
-from models.command_line import (
-    evolution,
-    explain_photos,
-    find_device,
-    find_targets,
-    flow_options,
-    lens_outputs,
-    load_named,
-    manifest,
-    run,
-    save_result,
-    warn_fallback,
-)
 from models.images import read_image
 
 # What to explain: a file, or a folder of images.

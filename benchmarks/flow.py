@@ -47,8 +47,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line.options import Parser, find_device, number
 from daam_core import attention_flow
-from models.command_line import Parser, find_device, number
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, PLOT, README = ROOT / "benchmarks" / "flow.json", ROOT / ".img" / "benchmark_flow.png", ROOT / "README.md"
@@ -402,7 +402,7 @@ def fresh_processes() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torchvision", "daam_core", "models.command_line"])
+    context.set_forkserver_preload(["timm", "torchvision", "daam_core", "command_line.options"])
     return context
 
 

@@ -26,10 +26,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line.options import find_device
 from memorybank import MemoryBank
 from memorybank.build import build, find_classes
 from models import LoadedModel, load
-from models.command_line import find_device
 
 
 class Pictures(Dataset):

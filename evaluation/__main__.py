@@ -2,7 +2,7 @@
 
 import sys
 
-from models.command_line import run
+from command_line.options import run
 
 try:
     from evaluation.command import main

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from command_line.options import Parser, find_device, number
+from command_line.photos import precision
 from daam_core import UnsupportedModel, overlay, render
 from daam_vit.files import atomic_write
 from evaluation.annotations import region_of
@@ -23,8 +25,8 @@ from evaluation.report import read_lines, read_settings, write_report
 from evaluation.sanity import check, stages
 from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
-from models.command_line import Parser, find_device, number, precision, versions
 from models.images import looks_like_image, read_image
+from models.versions import versions
 from models.weights import first_line
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command_line.options import Parser, find_device, number, run
 from memorybank import MIN_TEMPERATURE, MemoryBank, read_pair
 from memorybank.build import DTYPES, WORKERS, build
 from models import architecture_of, load
-from models.command_line import Parser, find_device, number, run
 from models.weights import first_line
 
 BUILD = """one command for a folder of your own:

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from daam_vit.files import atomic_write
 from models import LoadedModel, weights_sha256
-from models.command_line import versions
 from models.images import looks_like_image, read_image
+from models.versions import versions
 
 try:
     import fcntl

@@ -11,9 +11,9 @@ from tiny_models import random_images, tiny_timm, tiny_vit
 from torch import nn
 
 import daam_core
+from command_line import results
+from command_line.results import draw_evolution, evolution
 from daam_core import UnsupportedModel, attention_flow, evolution_picture, features, logit_lens
-from models import command_line
-from models.command_line import draw_evolution, evolution
 
 WIDTHS = "has blocks of several widths or branches"
 WITHOUT = {
@@ -302,7 +302,7 @@ def test_a_model_without_readings_is_a_line_and_no_error(images, capsys):
     model = tiny_timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
                       num_classes=5)  # fmt: skip
     flow = attention_flow(model, images)
-    assert command_line.lens_outputs(model, images, flow, head=True) is None
+    assert results.lens_outputs(model, images, flow, head=True) is None
     out, err = capsys.readouterr()
     assert out.startswith("  no evolution.png: VisionTransformer has an attention pool; ") and not err
     assert out.count("\n") == 1
@@ -411,7 +411,7 @@ def test_the_picture_of_what_is_said():
         return evolution_picture(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_line, "evolution_picture", picture)
+        patch.setattr(results, "evolution_picture", picture)
         drawn = draw_evolution(Image.new("RGB", (640, 320), "gray"), accumulated, said, ["two", "one"])
     assert drawn.mode == "RGB" and [len(row) for row in given["frames"]] == [5, 5]
     assert given["frames"][0][0].size == (320, 160)

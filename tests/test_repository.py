@@ -149,7 +149,7 @@ def test_python_files_do_nothing_when_imported(tmp_path):
     code = (
         "import random, sys, threading, numpy, torch\n"
         "state = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1]\n"
-        "import daam_core, models, models.images, models.command_line, memorybank, memorybank.build, evaluation\n"
+        "import daam_core, models, models.images, command_line.photos, memorybank, memorybank.build, evaluation\n"
         "import VIT_DynamicAccumulatedAttentionMap_oneSample, DINO_DAAM_Visualization_oneSample\n"
         "assert state[0] == random.getstate() and torch.equal(state[1], torch.get_rng_state())\n"
         "assert (state[2] == numpy.random.get_state()[1]).all() and threading.active_count() == 1\n"

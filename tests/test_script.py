@@ -22,12 +22,14 @@ import torch
 import torchvision
 import transformers
 from PIL import Image
-from test_models import fake_cache
+from tiny_checkpoints import fake_cache
 from tiny_models import build, tiny_timm
 
 import VIT_DynamicAccumulatedAttentionMap_oneSample as script
+from command_line import photos as photo_loop
+from command_line import results
 from daam_core import attention_flow, block_labels, overlay, render, side_by_side
-from models import command_line, load
+from models import load
 from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -463,7 +465,7 @@ def watched(monkeypatch):
         return attention_flow(model, images, *args, **kwargs)
 
     monkeypatch.setattr(script, "attention_flow", flow)
-    for module in (script, command_line):
+    for module in (script, photo_loop):
         monkeypatch.setattr(module, "read_image", read)
     return calls
 
@@ -500,8 +502,8 @@ def test_a_photo_too_large_to_draw_does_not_stop_the_others(weights, photos, tmp
             raise MemoryError
         return save_flow(folder, *args)
 
-    save_flow = command_line.save_flow
-    monkeypatch.setattr(command_line, "save_flow", drawing)
+    save_flow = results.save_flow
+    monkeypatch.setattr(results, "save_flow", drawing)
     (photos / "damaged.png").unlink()
     options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
     assert script.main([*options, "--size", "64"]) == 2

@@ -16,9 +16,9 @@ import timm
 import torch
 import transformers
 from PIL import Image
-from test_memorybank import TINY, rows, write_bank
-from test_models import by_facebook
 from test_script import ROOT, no_leftovers, offline, one_line_error  # noqa: F401
+from tiny_banks import BACKBONE, rows, write_bank
+from tiny_checkpoints import by_facebook
 from tiny_models import build as build_random
 from tiny_models import tiny_timm
 
@@ -43,7 +43,7 @@ def run(*options, env, root=ROOT, script=SCRIPT, **more):
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    arguments = TINY | {"num_classes": 3}  # a classifier, too: the script leaves it alone
+    arguments = BACKBONE | {"num_classes": 3}  # a classifier, too: the script leaves it alone
     state = timm.create_model("vit_tiny_patch16_224", **arguments).state_dict()
     metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(arguments)}
     safetensors.torch.save_file(state, file, metadata)
@@ -132,7 +132,7 @@ def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
 def repository(tmp_path):
     """A copy of the repository without the big files."""
     root = tmp_path / "repository"
-    for name in ("models", "memorybank", ".img"):
+    for name in ("command_line", "models", "memorybank", ".img"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "embedded", "*.gif"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, root)
