@@ -13,7 +13,7 @@ from pytorch_grad_cam.metrics.perturbation_confidence import (
     RemoveLeastRelevantFirst,
     RemoveMostRelevantFirst,
 )
-from test_memorybank import rows, write_bank
+from tiny_banks import rows, write_bank
 from tiny_models import build, random_images, tiny_vit
 from torch import nn
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from tiny_banks import BACKBONE, rows, write_bank
 
 import memorybank
 from daam_core import attention_flow
@@ -28,22 +29,6 @@ from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth", "bank.json")
-TINY = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
-
-
-def rows(count, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
-
-
-def write_bank(folder, features, labels, split="train", **metadata):
-    """The published layout: tensors in files of plain `torch.save`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(features, folder / f"{split}feat.pth")
-    torch.save(labels, folder / f"{split}labels.pth")
-    if metadata:
-        (folder / "bank.json").write_text(json.dumps(metadata))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +123,7 @@ def test_degenerate_importance(tmp_path, feature, neighbour, expected):
 
 def test_the_flow_takes_the_importance_of_the_bank(tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    model = timm.create_model("vit_tiny_patch16_224", **BACKBONE).eval()
     bank = MemoryBank.load(write_bank(tmp_path, rows(50, 48), torch.arange(50) % 3))
     images = torch.randn(2, 3, 32, 32)
     flow = attention_flow(model, images, importance=bank.importance)
@@ -326,8 +311,10 @@ def test_the_bank_of_another_model(tmp_path):
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    state = timm.create_model("vit_tiny_patch16_224", **TINY).state_dict()
-    safetensors.torch.save_file(state, file, {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(TINY)})
+    state = timm.create_model("vit_tiny_patch16_224", **BACKBONE).state_dict()
+    safetensors.torch.save_file(
+        state, file, {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(BACKBONE)}
+    )
     return file
 
 
@@ -635,7 +622,7 @@ def test_builds_that_cannot_be(checkpoint, tmp_path, monkeypatch, capsys, prepar
     prepare(tmp_path)
     if "nan.safetensors" in more:
         state = {k: v / 0 if k == "norm.weight" else v for k, v in safetensors.torch.load_file(checkpoint).items()}
-        metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(TINY)}
+        metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(BACKBONE)}
         safetensors.torch.save_file(state, "nan.safetensors", metadata)
     arguments = ["build", "--checkpoint", str(checkpoint), "--train", "train", "--out", "out", "--workers", "0", *more]
     assert main(arguments) == 2

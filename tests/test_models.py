@@ -2,7 +2,6 @@
 
 import argparse
 import http.server
-import re
 import shutil
 import socket
 import threading
@@ -15,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import constants as hub
 from PIL import Image, ImageOps
+from tiny_checkpoints import by_facebook, fake_cache
 
 import models
 from models import WeightsUnavailable, find_class, load
@@ -78,19 +78,6 @@ def test_a_classifier_beside_a_backbone_is_kept_and_strangers_are_named(tiny, tm
 
 
 XCIT = "xcit_nano_12_p16_224"
-
-
-def by_facebook(state):
-    """The weights of timm's XCiT under the names that they have in facebookresearch/xcit."""
-    theirs = {}
-    for name, value in state.items():
-        if re.search(r"cls_attn_blocks\.\d+\.attn\.[kv]\.", name):
-            continue
-        if ".attn.q." in name:
-            value = torch.cat([state[name.replace(".q.", f".{x}.")] for x in "qkv"])
-            name = name.replace(".q.", ".qkv.")
-        theirs[name.replace("pos_embed.", "pos_embeder.")] = value
-    return theirs
 
 
 @pytest.fixture(scope="module")
@@ -213,17 +200,6 @@ def test_metadata_that_fit_no_model(tiny, tmp_path, arguments):
     safetensors.torch.save_file(tiny.state_dict(), tmp_path / "mine.safetensors", metadata)
     with pytest.raises(ValueError, match=f"^checkpoint: mine.safetensors does not fit {TINY}: "):
         load(None, tmp_path / "mine.safetensors")
-
-
-def fake_cache(root, repository, state):
-    """What a download by huggingface_hub leaves behind."""
-    folder = root / f"models--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    file = folder / "snapshots" / ("0" * 40) / "model.safetensors"
-    file.parent.mkdir(parents=True)
-    safetensors.torch.save_file(state, file)
-    return file
 
 
 def test_cached_weights_are_used_without_asking_the_network(tmp_path, monkeypatch):
