@@ -23,21 +23,21 @@ width d, C = H * d channels, N tokens, patch grid h x w; f is a feature of width
     (7)  p = mean of f * z over the neighbours z of the predicted class      (B, D)
     (8)  importance = (p - min p) / (max p - min p)                          (B, D)
 
-This file is the method. `daam_vit` is what it is made of: it says which attention layers a model has, records them while
-the model runs, skips what cannot affect the result, checks the run, and draws. docs/method.md says why it is exact.
+This file is the method. `daam_vit` is its machinery: it knows the attention layers of a model, records them while the
+model runs, skips what cannot affect the result, checks the run, and draws. docs/method.md says why it is exact.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, repeat_heads
+from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, OnGradient, repeat_heads
 from daam_vit.checks import (
     Target,
     check_backward,
@@ -57,13 +57,14 @@ from daam_vit.libraries import (
     Images,
     UnsupportedModel,
     features,
+    first_image,
     num_classes,
     reference_parameter,
     scores,
     to_model,
     unwrap,
 )
-from daam_vit.plan import AttentionLayer
+from daam_vit.plan import AttentionLayer, Plan
 from daam_vit.plots import evolution_picture
 from daam_vit.shortcuts import ShortcutRecorder
 from daam_vit.unknown import AnyAttentionRecorder, check_unproven, plan_of_run
@@ -163,7 +164,7 @@ def neighbour_importance(
 
     Args:
         features: `(B, D)`.
-        bank: `(M, D)`, rows L2-normalised.
+        bank: `(M, D)`, float16 or float32, rows L2-normalised.
         labels: `(M,)` int64.
         k: neighbours that vote.
         temperature: of the votes.
@@ -171,20 +172,20 @@ def neighbour_importance(
     Returns:
         `(B, D)`, 0..1: the gradient that is sent back from the feature.
     """
-    f = F.normalize(features, dim=1)  # (B, D)
-    similarities, neighbours = (f @ bank.T).topk(k)  # (B, k) twice
+    f = F.normalize(features.float(), dim=1)  # (B, D)
+    similarities, neighbours = (f @ bank.T.to(f)).topk(k)  # (B, k) twice
     votes = neighbour_votes(similarities, labels[neighbours], int(labels.max()) + 1, temperature)  # (B, num_classes)
     winning = labels[neighbours] == votes.argmax(1, keepdim=True)  # (B, k)
     return dimension_importance(f, [bank[n[m]] for n, m in zip(neighbours, winning)])  # (B, D)
 
 
 def neighbour_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float = 0.07) -> Tensor:
-    """Add up the votes of neighbours, exp(cosine / temperature) each for its label: two `(B, k)` -> `(B, num_classes)`."""
+    """Count the votes of neighbours, exp(cosine / temperature) for each label: two `(B, k)` -> `(B, num_classes)`."""
     weights = (similarities / temperature).exp()  # (B, k)
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)  # (B, num_classes)
 
 
-def dimension_importance(f: Tensor, neighbours: list[Tensor]) -> Tensor:
+def dimension_importance(f: Tensor, neighbours: Iterable[Tensor]) -> Tensor:
     """Say how much every dimension of a feature agrees with its neighbours of one class: Eqs. 7 and 8.
 
     Args:
@@ -291,7 +292,7 @@ def attention_flow(
         raise ValueError("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True")
     if importance is not None and target is not None:
         raise ValueError("target: cannot be explained together with importance; pass one of the two")
-    plan = plan_of(model, images, rows)
+    plan = plan_of(model, images, rows)  # None: no known family; the run has to show what the model does
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; pass the importance of its features")
     parameter = reference_parameter(model)
@@ -299,70 +300,74 @@ def attention_flow(
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
     images = to_model(images, parameter)
 
-    w = torch.relu if importance is None and variant == "paper" else lambda C: C
-    heads = variant == "heads"
-    scale = 1.0
-    maps: dict[AttentionLayer, list[Tensor]] = defaultdict(list)
-    errors: dict[AttentionLayer, Tensor] = {}
-    read = torch.empty(0)
-
-    def on_gradient(call: AttentionCall, A: AttentionMatrix, C: Tensor) -> None:  # C = dY/dT_b (B, H, M, d), Eq. 4
-        nonlocal read
-        layer, cls = call.layer, call.layer.query_slice
-        with torch.autocast(C.device.type, enabled=False):
-            a = A.rows(cls)  # (B, H, Q, N), Eq. 1
-            value = A.value.float()  # (B, H', N, d)
-            V = repeat_heads(value, a.shape[1])  # (B, H, N, d)
-            errors[layer] = completeness_error(a, V, call.output.float())  # Eq. 3
-            if call is calls[-1]:
-                read = queries_read(C)
-            if layer.queries is None:
-                L = all_rows_map(A, value, C.float() / scale, w, heads)  # (B, N)
-            else:
-                L = block_map(a, V, C[..., cls, :].float() / scale, w, heads)  # (B, N), Eq. 5
-            maps[layer].append(L)
-
-    recorder: AttentionRecorder
-    if plan is None:
-        recorder = AnyAttentionRecorder(on_gradient)
-    elif shortcuts:
-        recorder = ShortcutRecorder(plan, on_gradient, memory)
-    else:
-        recorder = AttentionRecorder(plan.layers, on_gradient)
-    calls = recorder.calls
-
+    maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant == "heads")
+    recorder = _recorder(plan, maps.on_gradient, memory, shortcuts)
     with recorder.attached(model):
         Y = recorder.run(scores if importance is None else features, model, images)  # (B, num_classes) or (B, D)
-        if plan is None:
-            plan = plan_of_run(model, images, recorder)
-        check_forward(model, plan, calls, Y, images)
+        plan = plan or plan_of_run(model, images, recorder)
+        check_forward(model, plan, recorder.calls, Y, images)
         if plan.unproven is not None:
-            check_unproven(model, images[:1], plan.unproven)
+            check_unproven(model, first_image(images), plan.unproven)
         if importance is None:
-            target = class_indices(target, Y.detach())  # (B,) or (B, K)
-            dY = F.one_hot(target, Y.shape[1]).to(Y)  # (B, num_classes) or (B, K, num_classes)
+            indices = class_indices(target, Y.detach())  # (B,) or (B, K)
+            dY = F.one_hot(indices, Y.shape[1]).to(Y)  # (B, num_classes) or (B, K, num_classes)
         else:
-            dY = importance_weights(importance, Y.detach())  # (B, D) or (B, K, D)
-        several = dY.ndim == 3
-        grad_outputs = dY.unbind(1) if several else (dY,)
-        scale = 128.0 if Y.dtype == torch.float16 else 1.0  # so that small gradients do not underflow
+            indices, dY = None, importance_weights(importance, Y.detach())  # (B, D) or (B, K, D)
+        grad_outputs = dY.unbind(1) if dY.ndim == 3 else (dY,)  # K times (B, num_classes) or (B, D)
+        maps.last, maps.scale = recorder.calls[-1], 128 if Y.dtype == torch.float16 else 1
         for k, grad_output in enumerate(grad_outputs, 1):
-            again = k < len(grad_outputs)
-            torch.autograd.grad(Y, recorder.leaves, scale * grad_output, retain_graph=again, allow_unused=True)
-            if any(len(maps[call.layer]) != k for call in calls):
-                raise UnsupportedModel(
-                    f"model: the score of {type(model).__name__} does not depend on every attention that was seen"
-                )
+            grad_output, again = maps.scale * grad_output, k < len(grad_outputs)
+            torch.autograd.grad(Y, recorder.leaves, grad_output, retain_graph=again, allow_unused=True)  # Eq. 4
+            check_backward(model, recorder.calls, maps.of_layer, maps.errors, k)
             if rows == "class":
-                check_queries(model, read, calls[-1].layer.queries, or_all_rows(model))
-            check_backward(
-                model, [maps[call.layer][-1] for call in calls], list(errors.values()), calls[0].output.dtype
-            )
+                check_queries(model, maps.read, maps.last.layer, or_all_rows(model))
 
-    on_grid = {layer: torch.stack([layer.to_grid(L, plan.grid) for L in maps[layer]], 1) for layer in plan.layers}
-    block_maps = torch.stack([sum(on_grid[layer] for layer in step) for step in plan.steps], 2)  # (B, K, L, h, w)
-    block_maps = block_maps if several else block_maps.squeeze(1)
+    on_grid = {
+        layer: torch.stack([layer.to_grid(L, plan.grid) for L in maps.of_layer[layer]], 1)  # (B, K, h, w)
+        for layer in plan.layers
+    }
+    steps = [torch.stack([on_grid[layer] for layer in step]).sum(0) for step in plan.steps]  # L times (B, K, h, w)
+    block_maps = torch.stack(steps, 2)  # (B, K, L, h, w)
+    block_maps = block_maps if dY.ndim == 3 else block_maps.squeeze(1)  # (B, L, h, w)
     accumulated = accumulate(block_maps, norm, plan.valid_cells(images) if norm else None)  # Eq. 6
     return AttentionFlow(
-        block_maps, accumulated, Y.detach(), target, rows, plan.decomposed, plan.steps[0][0].prefix, variant
+        block_maps, accumulated, Y.detach(), indices, rows, plan.decomposed, plan.steps[0][0].prefix, variant
     )
+
+
+class _LayerMaps:
+    """Makes the map of a layer the moment its gradient arrives; autograd then frees what it saved for it."""
+
+    def __init__(self, w: Callable[[Tensor], Tensor], heads: bool):
+        self.w, self.heads = w, heads  # see `block_map`
+        self.scale = 1  # of all gradients: small ones do not underflow in float16
+        self.last: AttentionCall | None = None
+        self.of_layer: dict[AttentionLayer, list[Tensor]] = defaultdict(list)  # (B, N) for every gradient
+        self.errors: dict[AttentionLayer, Tensor] = {}  # of Eq. 3
+        self.read: Tensor | None = None  # (M,) queries of the last attention that the score reads
+
+    def on_gradient(self, call: AttentionCall, A: AttentionMatrix, C: Tensor) -> None:
+        layer, queries = call.layer, call.layer.query_slice
+        if call is self.last:
+            self.read = queries_read(C)
+        with torch.autocast(C.device.type, enabled=False):
+            a = A.rows(queries)  # (B, H, Q, N)   Eq. 1
+            value = A.value.float()  # (B, H', N, d)
+            V = repeat_heads(value, a.shape[1])  # (B, H, N, d)
+            self.errors[layer] = completeness_error(a, V, call.output.float())  # ()   Eq. 3
+            C = C.float() / self.scale  # (B, H, M, d)
+            if layer.queries is None:
+                L = all_rows_map(A, value, C, self.w, self.heads)  # (B, N)
+            else:
+                L = block_map(a, V, C[..., queries, :], self.w, self.heads)  # (B, N)   Eqs. 2 and 5
+        self.of_layer[layer].append(L)
+
+
+def _recorder(plan: Plan | None, on_gradient: OnGradient, memory: str, shortcuts: bool) -> AttentionRecorder:
+    if plan is None:
+        return AnyAttentionRecorder(on_gradient)
+    return ShortcutRecorder(plan, on_gradient, memory) if shortcuts else AttentionRecorder(plan.layers, on_gradient)
+
+
+def _identity(C: Tensor) -> Tensor:
+    return C

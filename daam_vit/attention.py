@@ -32,7 +32,7 @@ from daam_vit.state import Hook, eval_mode, hooks
 
 @dataclass(frozen=True)
 class AttentionMatrix:
-    """Attention matrix A `(B, H, M, N)` of M queries and N keys that is never stored: rows and A^T products on demand."""
+    """Attention matrix A `(B, H, M, N)` that is never stored: rows and A^T products on demand."""
 
     value: Tensor
     """V `(B, H', N, d)`; H' < H if groups of heads share their values."""
@@ -65,7 +65,7 @@ class AttentionRecorder(TorchFunctionMode):
 
         with recorder.attached(model):
             output = recorder.run(model, images)
-            torch.autograd.grad(output.sum(), recorder.leaves)  # on_gradient is called, from the last layer to the first
+            torch.autograd.grad(output.sum(), recorder.leaves)  # calls on_gradient, from the last layer to the first
 
     Parameters reach every function detached, so no weight gets a gradient. The graph begins at the output of the first
     attention, which becomes a leaf.
@@ -84,7 +84,8 @@ class AttentionRecorder(TorchFunctionMode):
         """`(M, N)` of every softmax of this layer that did not multiply values yet."""
         self._matrix: Tensor | None = None
         """The open attention matrix that multiplied values last."""
-        self._thread: int | None = None
+        self._threads: list[int] = []
+        """The thread in which it records, once for every time it was entered."""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -99,14 +100,14 @@ class AttentionRecorder(TorchFunctionMode):
 
     def is_running(self) -> bool:
         """Whether it records in the current thread."""
-        return self._thread == threading.get_ident()
+        return self._threads[-1:] == [threading.get_ident()]
 
     def __enter__(self) -> AttentionRecorder:
-        self._thread = threading.get_ident()
+        self._threads.append(threading.get_ident())
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        self._thread = None
+        self._threads.pop()
         super().__exit__(*exception)
 
     def _hooks(self) -> list[Hook]:
@@ -124,9 +125,13 @@ class AttentionRecorder(TorchFunctionMode):
         self._softmaxes.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if is_attribute(func):
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tuple(map(without_weights, args)), {k: without_weights(a) for k, a in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _ATTRIBUTES:  # type: ignore[attr-defined]
+            return func(*args, **kwargs)
+        return self.see(func, tuple(map(_without_weights, args)), {k: _without_weights(a) for k, a in kwargs.items()})
+
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a torch function of the model, and record it if it is an attention."""
         if func is F.multi_head_attention_forward:
             with self:
                 output, _ = _multi_head_attention_forward(*args, **kwargs | {"need_weights": False})
@@ -147,7 +152,7 @@ class AttentionRecorder(TorchFunctionMode):
         return output
 
     def _is_attention(self, matrix: Tensor) -> bool:
-        """Whether a matrix is the first to multiply after a softmax of its size, or multiplies again (once too often)."""
+        """Whether a matrix multiplies values: the first after a softmax of its size, or the same one once more."""
         shape = tuple(matrix.shape[-2:])
         if matrix is not self._matrix and shape in self._softmaxes:
             self._softmaxes.remove(shape)
@@ -178,14 +183,15 @@ class _Observe(torch.autograd.Function):
     """The identity on T; its backward hands on dY/dT and the attention matrix of the tensors that it saved."""
 
     @staticmethod
-    def forward(ctx, T, on_gradient, matrix, *tensors):
+    def forward(ctx: Any, T: Tensor, on_gradient: Callable, matrix: Callable, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.on_gradient, ctx.matrix = on_gradient, matrix
         ctx.save_for_backward(*tensors)
         return T.view_as(T)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         if gradient is not None:
             ctx.on_gradient(ctx.matrix(*ctx.saved_tensors), gradient)
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
@@ -197,19 +203,14 @@ def _from_saved(
     return matrix_of(**dict(zip(names, tensors)), **options)
 
 
-def without_weights(argument: Any) -> Any:
+def _without_weights(argument: Any) -> Any:
     """Detach parameters, also in a list."""
     kind = type(argument)
     if kind in (list, tuple):
-        return kind(map(without_weights, argument))
+        return kind(map(_without_weights, argument))
     if kind is Tensor or not issubclass(kind, Tensor):
         return argument
     return argument.detach() if isinstance(argument, nn.Parameter) else argument
-
-
-def is_attribute(func: Callable) -> bool:
-    """Whether a torch function reads a plain attribute of a tensor."""
-    return getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _ATTRIBUTES  # type: ignore[attr-defined]
 
 
 _ATTRIBUTES = {"device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape"}

@@ -6,7 +6,7 @@ Every message begins with the argument, says what is wrong, and names the way ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from daam_vit.attention import AttentionCall
 from daam_vit.libraries import Images, UnsupportedModel
-from daam_vit.plan import Plan
+from daam_vit.plan import AttentionLayer, Plan
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the run
@@ -28,7 +28,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_images(model: nn.Module, images: Tensor, channels: int | None) -> None:
+def check_images(images: Images, channels: int | None) -> None:
     """Raise a ValueError unless `images` are `(B, C, H, W)` of floating point; `channels` None: any number."""
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -158,36 +158,46 @@ def queries_read(C: Tensor) -> Tensor:
     return C.ne(0).any(-1).flatten(0, -2).any(0)
 
 
-def check_backward(model: nn.Module, maps: Sequence[Tensor], errors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise unless maps are finite and semantic maps add up to the attention, in every layer.
+def check_backward(
+    model: nn.Module,
+    calls: Sequence[AttentionCall],
+    maps: Mapping[AttentionLayer, Sequence[Tensor]],
+    errors: Mapping[AttentionLayer, Tensor],
+    times: int,
+) -> None:
+    """Raise unless a gradient arrived at every layer, is finite, and semantic maps add up to the attention.
 
     Args:
         model: for the message.
-        maps: of every layer.
+        calls: every attention of the run.
+        maps: one map for each gradient that arrived at a layer.
         errors: `completeness_error` of every layer.
-        dtype: the model's.
+        times: gradients that must have arrived.
     """
-    if not torch.isfinite(torch.stack([m.sum() for m in maps])).all():
+    name, dtype = type(model).__name__, calls[0].output.dtype
+    if any(len(maps[call.layer]) != times for call in calls):
+        raise UnsupportedModel(f"model: the score of {name} does not depend on every attention that was seen")
+    if not torch.isfinite(torch.stack([maps[call.layer][-1].sum() for call in calls])).all():
         raise ValueError(f"images: a gradient is not finite; look for an overflow of {dtype}")
-    error, allowed = torch.stack(list(errors)), tolerance(dtype)
+    error, allowed = torch.stack([errors[call.layer] for call in calls]), tolerance(dtype)
     if not (error <= allowed).all():
         raise UnsupportedModel(
-            f"model: the attention of {type(model).__name__} is not the sum of its semantic maps: they miss it by "
+            f"model: the attention of {name} is not the sum of its semantic maps: they miss it by "
             f"{error.max().item():.2g} of its largest value, and {allowed:.2g} is allowed in {dtype}"
         )
 
 
-def check_queries(model: nn.Module, read: Tensor, queries: int, way_out: str) -> None:
+def check_queries(model: nn.Module, read: Tensor | None, last: AttentionLayer, way_out: str) -> None:
     """Raise if the score reads other queries of the last attention than the first ones.
 
     Args:
         model: for the message.
-        read: from `queries_read`.
-        queries: how many, the first ones, it may read.
+        read: `queries_read` of the last attention.
+        last: its layer.
         way_out: the end of the message.
     """
-    if read[queries:].any():
-        besides = "besides the class token" if read[:queries].any() else "and not the class token"
+    if read is not None and read[last.queries :].any():
+        besides = "besides the class token" if read[: last.queries].any() else "and not the class token"
         raise UnsupportedModel(
             f"model: the score of {type(model).__name__} reads the patch tokens {besides}; use a model whose head "
             f"reads the class token alone (timm: global_pool='token'){way_out}"

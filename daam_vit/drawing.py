@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+"""What `ImageFont.load_default` returns, with and without FreeType."""
+
+T = TypeVar("T")
+
 
 def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Draw the flow of one image as grey levels.
 
-    With m = max A_L: x = sigmoid(5 A_b / m) - 0.5, stretched to 0..1 block by block, heat = floor(255 x); then resized
-    bilinearly. A flat map is zero.
+    x = sigmoid(5 A_b / max A_L) - 0.5 is stretched to 0..1 block by block; heat = floor(255 x) is resized bilinearly.
+    A flat map becomes zero.
 
     Args:
         accumulated: `(L, h, w)`, A_1 ... A_L of one image.
-        size: `(H, W)` in pixels; None keeps the patch grid.
+        size: `(H, W)` in pixels; None: the patch grid.
 
     Returns:
         `(L, H, W)` uint8.
 
     Raises:
-        ValueError: when `accumulated` is not `(L, h, w)` or not finite.
+        ValueError: if `accumulated` is not `(L, h, w)` or not finite.
     """
     if isinstance(accumulated, Tensor):
         accumulated = accumulated.detach().cpu().float().numpy()
@@ -51,61 +57,65 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
 def overlay(
     image: Image.Image | np.ndarray, heat: np.ndarray, labels: Sequence[str] | None = None
 ) -> list[Image.Image]:
-    """Lay the heat over the picture in the colours of JET: clip(0.4 colour + 0.8 image, 0, 255).
+    """Blend the heat, in the colours of JET, with the picture: clip(0.4 colour + 0.8 image, 0, 255).
 
     Args:
-        image: PIL image, or `(H, W, 3)` uint8 RGB.
-        heat: `(L, h, w)` uint8 from `render`; resized bilinearly where it has not the size of the image.
+        image: a PIL image, or `(H, W, 3)` uint8 RGB.
+        heat: `(L, h, w)` uint8 from `render`; resized bilinearly to the size of the image.
         labels: a text for every frame, drawn in its corner (see `block_labels`).
 
     Returns:
         L RGB images of the size of the image.
+
+    Raises:
+        ValueError: if `image` or `heat` has the wrong shape or dtype, or there is not one label a frame.
     """
-    image = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image: expected a PIL image or an array (H, W, 3) of uint8, got {image.shape} {image.dtype}")
+    photo = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
+        raise ValueError(f"image: expected a PIL image or an array (H, W, 3) of uint8, got {photo.shape} {photo.dtype}")
     if heat.ndim != 3 or heat.dtype != np.uint8 or heat.size == 0:
         raise ValueError(f"heat: expected (L, H, W) uint8 as render returns it, got {heat.shape} {heat.dtype}")
     if labels is not None and len(labels) != len(heat):
         raise ValueError(f"labels: expected one for each of {len(heat)} frames, got {len(labels)}")
 
     def draw(grey: np.ndarray, label: str) -> Image.Image:
-        pixels = np.empty_like(image)
-        for top in range(0, len(image), _BAND):  # the float64 of whole photos would not fit, on many cores
+        pixels = np.empty_like(photo)
+        for top in range(0, len(photo), _BAND):  # blended in float64, which takes too much memory for a whole photo
             band = slice(top, top + _BAND)
             colour = cv2.applyColorMap(grey[band], cv2.COLORMAP_JET)[..., ::-1]  # BGR -> RGB
-            pixels[band] = np.clip(0.4 * colour + 0.8 * image[band], 0, 255)
+            pixels[band] = np.clip(0.4 * colour + 0.8 * photo[band], 0, 255)
         frame = Image.fromarray(pixels)
         if label:
             _write_label(frame, label)
         return frame
 
-    return map_in_threads(draw, _resize(heat, image.shape[:2]), labels or [""] * len(heat))
+    return map_in_threads(draw, _resize(heat, photo.shape[:2]), labels or [""] * len(heat))
 
 
-_BAND = 32  # rows of a picture that are blended at once
+_BAND = 32
+"""Rows of a picture that are blended at once."""
 
 
 def block_labels(blocks: int) -> list[str]:
-    """ "1/12", "2/12", ...: for `overlay`. They also keep GIF writers from merging two equal frames."""
+    """Return the labels "1/12", "2/12", ... for `overlay`; they also keep GIF writers from merging equal frames."""
     return [f"{b}/{blocks}" for b in range(1, blocks + 1)]
 
 
 def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> list[Image.Image]:
-    """Put several flows of one picture beside each other, to compare classes.
+    """Put the flows of several classes of one picture side by side.
 
     Args:
         panels: for each of K classes its L frames from `overlay`, all of one size.
-        titles: a text for every class, written above its panel and cut where it is longer.
+        titles: a text for every class, written above its panel and truncated to its width.
 
     Returns:
         L RGB images, K panels wide.
 
     Raises:
-        ValueError: when the numbers of frames or of titles differ.
+        ValueError: if the classes have different numbers of frames, or there is not one title a class.
     """
     if not panels or len({len(frames) for frames in panels}) > 1:
-        raise ValueError(f"panels: expected as many frames of every class, got {[len(frames) for frames in panels]}")
+        raise ValueError(f"panels: expected the same number of frames for every class, got {[len(frames) for frames in panels]}")
     if titles is not None and len(titles) != len(panels):
         raise ValueError(f"titles: expected one for each of {len(panels)} classes, got {len(titles)}")
     w, h = panels[0][0].size
@@ -113,9 +123,8 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
     font, gap, top = ImageFont.load_default(height), max(2, height // 3), 0 if titles is None else 3 * height // 2
     page = Image.new("RGB", (len(panels) * (w + gap) - gap, top + h), "white")
     for k, title in enumerate(titles or ()):
-        ImageDraw.Draw(page).text(
-            (k * (w + gap) + w / 2, top / 2), truncate(title, font, w), "black", font, anchor="mm"
-        )
+        centre = (k * (w + gap) + w / 2, top / 2)
+        ImageDraw.Draw(page).text(centre, truncate(title, font, w), "black", font, anchor="mm")
     pages = [page.copy() for _ in panels[0]]
     for k, frames in enumerate(panels):
         for page, frame in zip(pages, frames):
@@ -126,14 +135,14 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
 def contact_sheet(
     image: Image.Image, frames: Sequence[Image.Image], caption: str = "", columns: int = 4, side: int = 288
 ) -> Image.Image:
-    """All blocks at a glance: the picture with its caption on the left, the frames beside it, row by row.
+    """Arrange all blocks on one page: the picture with its caption on the left, the frames beside it, row by row.
 
     Args:
         image: the picture.
-        frames: from `overlay`, or from `side_by_side`; drawn in the scale of the picture.
-        caption: a few short lines, drawn below the picture.
-        columns: frames in a row.
-        side: the longer side of the picture in pixels.
+        frames: from `overlay` or `side_by_side`; resized by the same factor as the picture.
+        caption: a few short lines, written below the picture.
+        columns: frames a row.
+        side: the longer side of the resized picture in pixels.
 
     Returns:
         One RGB image.
@@ -141,7 +150,7 @@ def contact_sheet(
     scale = side / max(image.size)
     (w, h), (frame_w, frame_h) = ([max(1, round(scale * x)) for x in size] for size in (image.size, frames[0].size))
     gap, left, rows = 8, max(w, side), math.ceil(len(frames) / columns)
-    step = frame_w + (gap if frame_w == w else 3 * gap)  # wider than the gap between the panels of a frame
+    step = frame_w + (gap if frame_w == w else 3 * gap)  # frames with panels stand further apart than their panels
     lines = 24 * len(caption.splitlines())
     height = max(rows * (frame_h + gap), h + gap + lines) + gap
     page = Image.new("RGB", (left + 3 * gap + (min(columns, len(frames)) - 1) * step + frame_w, height), "white")
@@ -155,22 +164,25 @@ def contact_sheet(
 
 
 def quantize(frame: Image.Image, pixels: int = 10_000) -> Image.Image:
-    """In 256 colours: the median cut of every few of its pixels with five bits a channel, and one step of k-means;
-    closer than the median cut of all pixels, in a tenth of the time."""
+    """Reduce an image to 256 colours.
+
+    The palette is the median cut of about `pixels` of its pixels, with five bits a channel, after one step of k-means:
+    closer to the image than the median cut of all pixels, in a tenth of the time.
+    """
     step = max(1, math.isqrt(frame.width * frame.height // pixels))
     coarse = (np.asarray(frame)[::step, ::step] & 0b11111000) + 0b100
     colours = Image.fromarray(coarse).quantize(256, kmeans=1)
     return frame.quantize(palette=colours, dither=Image.Dither.NONE)
 
 
-def map_in_threads(function: Callable, *arguments: Sequence) -> list:
-    """As `map`, on all cores: Pillow lets other threads run while it computes."""
+def map_in_threads(function: Callable[..., T], *arguments: Iterable) -> list[T]:
+    """Map a function over its arguments on all cores: Pillow lets other threads run while it computes."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, *arguments))
 
 
 def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`(L, h, w)` uint8 -> `(L, H, W)` uint8, bilinear."""
+    """Resize `(L, h, w)` uint8 bilinearly to `(L, H, W)`."""
     h, w = size
     if heat.shape[1:] == (h, w):
         return heat
@@ -178,12 +190,12 @@ def _resize(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _text_height(size: tuple[int, int]) -> int:
-    """Of what is written on frames of this size, in pixels."""
+    """Return the height in pixels of text on frames of this size."""
     return max(10, min(size) // 14)
 
 
-def truncate(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, or its beginning and "…" where it is wider than so many pixels."""
+def truncate(text: str, font: Font, width: float) -> str:
+    """Return the text, or its beginning and "…" if it is wider than `width` pixels."""
     while text.strip("…") and font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
     return text

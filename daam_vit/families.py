@@ -50,7 +50,7 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
     if family is not None and not all_rows and library_of(model) == "timm":
         _check_pool(model)
     if family is not naflex or not isinstance(images, dict):
-        check_images(model, images, None if family is None else _channels(model))
+        check_images(images, None if family is None else _channels(model))
     if family is None:
         return None
     plan = family(model, images)
@@ -122,15 +122,18 @@ def _grid_of(embed: Any, images: Tensor, way_out: str = "") -> tuple[int, int]:
     fixed = embed.img_size if getattr(embed, "strict_img_size", False) else None
     padded = getattr(embed, "dynamic_img_pad", False)
     check_size(images, fixed, (1, 1) if padded else patch, way_out)
-    return tuple(embed.dynamic_feat_size(tuple(images.shape[2:])))
+    h, w = embed.dynamic_feat_size(tuple(images.shape[2:]))
+    return h, w
 
 
 def _after_convolution(size: Sequence[int], layer: Any) -> tuple[int, int]:
     """Return `(h, w)` after a convolution or pooling layer; None changes nothing."""
     if layer is None:
-        return tuple(size)
+        h, w = size
+        return h, w
     pairs = [p if isinstance(p, Sequence) else (p, p) for p in (layer.kernel_size, layer.stride, layer.padding)]
-    return tuple((side + 2 * pad - kernel) // stride + 1 for side, kernel, stride, pad in zip(size, *pairs))
+    h, w = ((side + 2 * pad - kernel) // stride + 1 for side, kernel, stride, pad in zip(size, *pairs))
+    return h, w
 
 
 def vision_transformer(model: Any, images: Tensor) -> Plan:
@@ -198,7 +201,7 @@ def volo(model: Any, images: Tensor) -> Plan:
     return _class_blocks(model.post_network, grid)
 
 
-def _class_blocks(blocks: Sequence[nn.Module], grid: tuple[int, int]) -> Plan:
+def _class_blocks(blocks: Sequence[Any], grid: tuple[int, int]) -> Plan:
     return Plan(
         [[AttentionLayer(block.attn, grid)] for block in blocks], f"class token, {len(blocks)} class-attention blocks"
     )

@@ -14,6 +14,7 @@ from daam_vit.libraries import (
     Images,
     UnsupportedModel,
     features,
+    first_image,
     num_classes,
     reference_parameter,
     scores,
@@ -97,7 +98,7 @@ def logit_lens(
     with torch.no_grad(), eval_mode(model):
         with hooks(pairs):
             readings = forward(model, images)
-        output = forward(model, _first_of(images)) if output is None else output
+        output = forward(model, first_image(images)) if output is None else output
     check_output(output)
     if len(kept) != len(blocks):
         raise UnsupportedModel(f"model: {name} does not run every block once, so its blocks cannot be read one by one")
@@ -113,13 +114,6 @@ def logit_lens(
         )
     check_output(readings.flatten(0, 1))
     return readings
-
-
-def _first_of(images: Images) -> Images:
-    """Return a batch of the first image."""
-    if isinstance(images, dict):
-        return {name: x[:1] if isinstance(x, Tensor) else x for name, x in images.items()}
-    return images[:1]
 
 
 def _block_of(model: nn.Module, step: Sequence[AttentionLayer]) -> nn.Module | None:

@@ -117,3 +117,10 @@ def to_model(images: Images, parameter: Tensor) -> Images:
 
 def _moved(x: Tensor, parameter: Tensor) -> Tensor:
     return x.detach().to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+
+
+def first_image(images: Images) -> Images:
+    """Return a batch of the first image."""
+    if isinstance(images, dict):
+        return {name: x[:1] if isinstance(x, Tensor) else x for name, x in images.items()}
+    return images[:1]

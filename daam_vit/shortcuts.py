@@ -20,7 +20,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient, is_attribute, without_weights
+from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.libraries import UnsupportedModel
 from daam_vit.plan import Plan
 
@@ -64,8 +64,8 @@ class ShortcutRecorder(AttentionRecorder):
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """As the base class; if rows mix after the last attention, once more for all tokens."""
         try:
-            return super().run(forward, *args)
-        except _MixesRows:
+            with suppress(_MixesRows):
+                return super().run(forward, *args)
             self.last = self.after_first = self.after_last = None
             self._leave_layer()
             self.calls.clear()
@@ -74,27 +74,28 @@ class ShortcutRecorder(AttentionRecorder):
         finally:
             self.after_first = self.after_last = None
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if (self.after_first is None and self.after_last is None) or is_attribute(func):
-            return super().__torch_function__(func, types, args, kwargs)
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """As the base class, on the first rows only where nothing else counts."""
         if self.after_last is not None:
-            args, kwargs = tuple(map(without_weights, args)), {k: without_weights(a) for k, a in kwargs.items()}
-            return self._on_first_rows(func, args, kwargs)
+            return _on_first_rows(*self.after_last, func, args, kwargs)
+        if self.after_first is None:
+            return super().see(func, args, kwargs)
         kind = row_kind(func, args, kwargs)
+        if kind and func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
+            return _linear_with_graph_of(self.after_first[0], *args, **kwargs)
         if not kind:
             self.after_first = None
-        elif func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
-            return self._linear_with_graph_of_first_rows(*map(without_weights, args), **kwargs)
-        output = super().__torch_function__(func, types, args, kwargs)
+        output = super().see(func, args, kwargs)
         if kind == "rearranges" and output.ndim < 3:
             self.after_first = None
         return output
 
     def attend(self, func: Callable, matrix_of: Callable[..., AttentionMatrix], named: dict[str, Any]) -> Tensor:
         """As the base class; of the last layer only the first queries are computed."""
+        assert self.layer is not None
         name = "query" if "query" in named else "input"
-        rows, tokens = self.layer.queries, named[name].shape[-2]
+        tokens = named[name].shape[-2]
+        rows = self.layer.queries or tokens
         is_last = self.layer is self.last and rows < tokens and not named.get("is_causal")
         if is_last:
             for argument in (name, "attn_mask"):
@@ -107,31 +108,6 @@ class ShortcutRecorder(AttentionRecorder):
         if len(self.calls) == 1 and self.last is not None and rows < tokens:
             self.after_first = rows, tokens
         return T
-
-    def _linear_with_graph_of_first_rows(self, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
-        rows, _ = self.after_first
-        parts = x[:, :rows].contiguous(), x.detach()[:, rows:].contiguous()
-        named = {name: without_weights(w) for name, w in named.items()}
-        return torch.cat([F.linear(part, *weights, **named) for part in parts], 1)
-
-    def _on_first_rows(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a function after the last attention, with every `(B, N, C)` cut to its first rows."""
-        rows, tokens = self.after_last
-        kind = row_kind(func, args, kwargs)
-        if kind == "looks":
-            return func(*args, **kwargs)
-        if kind == "computes":
-            cut = partial(_first_rows, rows, tokens)
-            return func(*map(cut, args), **{key: cut(a) for key, a in kwargs.items()})
-        if kind == "rearranges" and (output := func(*args, **kwargs)).ndim > 2:
-            return output
-        index = args[1] if func is Tensor.__getitem__ and args[0].ndim == 3 else None
-        match index:
-            case (slice(start=None, stop=None), int() | slice() as tokens_read, *_):
-                read = range(tokens)[tokens_read]
-                if set(read if isinstance(read, range) else [read]) <= set(range(rows)):
-                    return func(*args, **kwargs)
-        raise _MixesRows(func)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,6 +142,31 @@ def row_kind(func: Callable, args: Sequence, kwargs: dict) -> str:
     else:
         by_row = name == "linear" or 2 not in ranks
     return "computes" if by_row and name in _COMPUTES else ""
+
+
+def _on_first_rows(rows: int, tokens: int, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a function after the last attention, with every `(B, N, C)` cut to its first rows."""
+    kind = row_kind(func, args, kwargs)
+    if kind == "looks":
+        return func(*args, **kwargs)
+    if kind == "computes":
+        cut = partial(_first_rows, rows, tokens)
+        return func(*map(cut, args), **{key: cut(a) for key, a in kwargs.items()})
+    if kind == "rearranges" and (output := func(*args, **kwargs)).ndim > 2:
+        return output
+    index = args[1] if func is Tensor.__getitem__ and args[0].ndim == 3 else None
+    match index:
+        case (slice(start=None, stop=None), int() | slice() as tokens_read, *_):
+            read = range(tokens)[tokens_read]
+            if set(read if isinstance(read, range) else [read]) <= set(range(rows)):
+                return func(*args, **kwargs)
+    raise _MixesRows(func)
+
+
+def _linear_with_graph_of(rows: int, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
+    """Call `F.linear` on tokens `(B, N, C)`, with a graph for the first rows only."""
+    parts = x[:, :rows].contiguous(), x.detach()[:, rows:].contiguous()
+    return torch.cat([F.linear(part, *weights, **named) for part in parts], 1)
 
 
 def _first_rows(rows: int, tokens: int, argument: Any) -> Any:
@@ -244,12 +245,12 @@ def _run_block(
 class _AttentionOutputs(TorchDispatchMode):
     """Keeps what fused attention returns, its output and the log-sum-exp of its rows; returns it in the second pass."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.kept: list[tuple] = []
         self.replayed: Iterator[tuple] | None = None
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name
         if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
             return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.checks import OTHER_MODEL, check_patch_order
 from daam_vit.families import every_block
-from daam_vit.libraries import UnsupportedModel, scores
+from daam_vit.libraries import Images, UnsupportedModel, scores
 from daam_vit.plan import AttentionLayer, Plan
 
 ANYWHERE = AttentionLayer(nn.Identity(), (0, 0))
@@ -36,10 +36,11 @@ class AnyAttentionRecorder(AttentionRecorder):
         self.sees_images_again = False
         """Whether a convolution after the first attention has as many input channels as the images."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        output = super().__torch_function__(func, types, args, kwargs)
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """As the base class; note the convolutions, too."""
+        output = super().see(func, args, kwargs)
         if func is F.conv2d and output.ndim == 4:
-            channels = (args[0] if args else (kwargs or {})["input"]).shape[1]
+            channels = (args[0] if args else kwargs["input"]).shape[1]
             if self.calls:
                 self.sees_images_again |= channels == self.channels
             else:
@@ -51,7 +52,7 @@ class AnyAttentionRecorder(AttentionRecorder):
         return size in self._softmaxes
 
 
-def plan_of_run(model: nn.Module, images: Tensor, recorder: AnyAttentionRecorder) -> Plan:
+def plan_of_run(model: nn.Module, images: Images, recorder: AttentionRecorder) -> Plan:
     """Return the plan of a run, and give every recorded call its layer.
 
     The grid is that of the last convolution before the first attention; one token more must be the class token.
@@ -59,6 +60,7 @@ def plan_of_run(model: nn.Module, images: Tensor, recorder: AnyAttentionRecorder
     Raises:
         UnsupportedModel: if the run shows anything else.
     """
+    assert isinstance(recorder, AnyAttentionRecorder)
     name, grid, calls = f"model: {type(model).__name__}", recorder.grid, recorder.calls
     if not calls:
         raise UnsupportedModel(
@@ -71,8 +73,8 @@ def plan_of_run(model: nn.Module, images: Tensor, recorder: AnyAttentionRecorder
         expected = f"1 + {grid[0]} x {grid[1]} tokens in {len(images)} images" if grid else "patches from a convolution"
         batch, queries, keys = odd or calls[0].shape
         raise UnsupportedModel(
-            f"{name} is of no known family, and its tokens are not one class token and the patches: expected {expected}, "
-            f"but an attention goes from {queries} to {keys} tokens in {batch} images; {OTHER_MODEL}"
+            f"{name} is of no known family, and its tokens are not one class token and the patches: expected "
+            f"{expected}, but an attention goes from {queries} to {keys} tokens in {batch} images; {OTHER_MODEL}"
         )
     if recorder.sees_images_again:
         raise UnsupportedModel(f"{name} is of no known family, and may see the images more than once; {OTHER_MODEL}")
@@ -83,12 +85,13 @@ def plan_of_run(model: nn.Module, images: Tensor, recorder: AnyAttentionRecorder
     return replace(every_block([[call.layer] for call in calls]), unproven=calls[0].layer)
 
 
-def check_unproven(model: nn.Module, image: Tensor, first: AttentionLayer) -> None:
+def check_unproven(model: nn.Module, image: Images, first: AttentionLayer) -> None:
     """Hold the order of the patches in the first attention against the picture `(1, C, H, W)`.
 
     Raises:
         UnsupportedModel: if the keys are not the prefix tokens and then the patches, row by row.
     """
+    assert isinstance(image, Tensor)
     image = image.clone().requires_grad_()
     probe = _FirstValues()
     with suppress(_FirstValues.Found):
@@ -104,13 +107,13 @@ class _FirstValues(AttentionRecorder):
 
     values: Tensor
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__([], lambda call, A, C: None)
         self.layer = ANYWHERE
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         with torch.enable_grad():  # also if the model switches gradients off
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().see(func, args, kwargs)
 
     def attend(self, func: Callable, matrix_of: Callable[..., AttentionMatrix], named: dict[str, Any]) -> Tensor:
         self.values = named["value" if "value" in named else "other"]
