@@ -3,7 +3,7 @@
     pip install -e ".[bench]"
     python benchmarks/flow.py                                              every case that takes minutes, not hours
     python benchmarks/flow.py --cases deit_small_patch16_224:224:32 --device cuda --dtype bfloat16
-    python benchmarks/flow.py --write                                      the table and the plot of the README
+    python benchmarks/flow.py --write                                      the table and the plot of docs/benchmarks.md
     python benchmarks/flow.py --read benchmarks/flow.json --write          the same from its numbers
 
 A case is MODEL:PIXELS:BATCH, a plain Vision Transformer of timm with random weights. Every method has a process of its
@@ -51,7 +51,8 @@ from command_line.options import Parser, find_device, number
 from daam_core import attention_flow
 
 ROOT = Path(__file__).resolve().parent.parent
-JSON, PLOT, README = ROOT / "benchmarks" / "flow.json", ROOT / ".img" / "benchmark_flow.png", ROOT / "README.md"
+JSON, PLOT = ROOT / "benchmarks" / "flow.json", ROOT / ".img" / "benchmark_flow.png"
+PAGE = ROOT / "docs" / "benchmarks.md"
 MARKERS = "<!-- table: benchmark -->", "<!-- end of table -->"
 INSTALL = 'pip install -e ".[bench]"'
 
@@ -582,8 +583,8 @@ def device_name(device: torch.device) -> str:
 
 def write_into_readme(text: str) -> None:
     start, end = MARKERS
-    before, rest = README.read_text(encoding="utf-8").split(start)
-    README.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    PAGE.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

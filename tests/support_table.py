@@ -1,7 +1,7 @@
-"""The support table of the README: one small random-weight model a row, decomposed here and now.
+"""The support table of docs/models.md: one small random-weight model a row, decomposed here and now.
 
     python tests/support_table.py              # prints the table
-    python tests/support_table.py --write      # puts it into README.md
+    python tests/support_table.py --write      # puts it into docs/models.md
 
 The last column is the largest |sum_j S_b[j] - T_b| over all blocks, images and query rows. S_b is what daam_core makes
 its maps of; T_b is taken by hooks of its own, from the module that reads it. tests/test_families.py has the same rows.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import daam_core
 from daam_core import AttentionFlow, UnsupportedModel, attention_flow
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 MARKERS = "<!-- table: support -->", "<!-- end of table -->"
 
 
@@ -335,7 +335,7 @@ def reason(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     write = parser.parse_args().write
     warnings.simplefilter("ignore")
     text = table(map(measure, DECOMPOSED + ALL_ROWS))
@@ -343,8 +343,8 @@ def main() -> None:
         print(text)
         return
     start, end = MARKERS
-    before, rest = README.read_text(encoding="utf-8").split(start)
-    README.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    PAGE.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of the flow measures what it says, and the README shows what was measured."""
+"""The benchmark of the flow measures what it says, and docs/benchmarks.md shows what was measured."""
 
 import copy
 import importlib.util
@@ -153,12 +153,12 @@ def test_bad_options_are_one_line(options, text, flow, capsys):
     assert stop.value.code == 2 and text in error and error.count("\n") == 1
 
 
-def test_readme_shows_what_was_measured(flow):
+def test_page_shows_what_was_measured(flow):
     report = json.loads(flow.JSON.read_text(encoding="utf-8"))
-    readme = flow.README.read_text(encoding="utf-8")
+    page = flow.PAGE.read_text(encoding="utf-8")
     start, end = map(re.escape, flow.MARKERS)
-    assert re.findall(f"{start}\n(.*?)\n{end}", readme, re.DOTALL) == [flow.readme_table(report)]
-    assert f"]({flow.PLOT.relative_to(ROOT)})" in readme and flow.PLOT.is_file()
+    assert re.findall(f"{start}\n(.*?)\n{end}", page, re.DOTALL) == [flow.readme_table(report)]
+    assert f"](../{flow.PLOT.relative_to(ROOT)})" in page and flow.PLOT.is_file()
     cases = [f"{case['model']}:{case['pixels']}:{case['batch']}" for case in report["cases"]]
     assert cases and set(cases) <= set(flow.ALL)
 

@@ -16,7 +16,7 @@ from support_table import (
     ALL_ROWS,
     DECOMPOSED,
     MARKERS,
-    README,
+    PAGE,
     REFUSED,
     Row,
     from_transformers,
@@ -143,10 +143,10 @@ def test_refused_models_say_what_helps(family, way_out):
     assert "\n" not in str(caught.value)
 
 
-def test_table_of_the_readme_is_the_one_that_is_measured():
+def test_table_of_the_page_is_the_one_that_is_measured():
     """All but the errors, which differ from machine to machine."""
     start, end = MARKERS
-    written = README.read_text(encoding="utf-8").split(start)[1].split(end)[0].strip().splitlines()
+    written = PAGE.read_text(encoding="utf-8").split(start)[1].split(end)[0].strip().splitlines()
 
     def without_error(line):
         return line.rsplit("|", 2)[0].rstrip()
