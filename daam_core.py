@@ -118,17 +118,17 @@ def block_map(
     Returns:
         `(B, N)`: L_b over all keys, prefix tokens included.
     """
-    wC_V = w(C) @ V.transpose(-2, -1)  # (B, H, Q, N)   w(C) . V[j]
-    L = (a * wC_V).sum(2)  # (B, H, N)
-    return (L.relu() if heads else L).sum(1).relu()  # (B, N)
+    wC_V = w(C) @ V.transpose(-2, -1)  # (B, H, Q, N)   w(C) . V[j], for every head
+    wC_S = (a * wC_V).sum(2)  # (B, H, N)   w(C) . S[j], for every head
+    return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)   Eq. 5
 
 
 def all_rows_map(
     A: AttentionMatrix, V: Tensor, C: Tensor, w: Callable[[Tensor], Tensor], heads: bool = False
 ) -> Tensor:
     """Weight all rows of A at once, which is not in the paper: L_b[j] = ReLU(V[j] . (A^T w(C))[j]), `(B, N)`."""
-    L = (V * A.vjp(w(C))).sum(3)  # (B, H, N)
-    return (L.relu() if heads else L).sum(1).relu()  # (B, N)
+    wC_S = (V * A.vjp(w(C))).sum(3)  # (B, H, N)
+    return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)
 
 
 def accumulate(block_maps: Tensor, norm: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -143,7 +143,7 @@ def accumulate(block_maps: Tensor, norm: bool = False, valid: Tensor | None = No
         `(..., L, h, w)`: A_1 ... A_L.
     """
     if not norm:
-        return block_maps.cumsum(-3)  # (..., L, h, w)
+        return block_maps.cumsum(-3)  # (..., L, h, w)   Eq. 6
     low = high = block_maps
     if valid is not None:
         valid = valid.view(len(block_maps), *[1] * (block_maps.ndim - 3), *block_maps.shape[-2:])  # (B, 1, ..., h, w)
@@ -195,11 +195,11 @@ def dimension_importance(f: Tensor, neighbours: Iterable[Tensor]) -> Tensor:
     Returns:
         `(B, D)`, 0..1; ones if p is constant.
     """
-    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for f_i, z in zip(f, neighbours)])  # (B, D)
+    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for f_i, z in zip(f, neighbours)])  # (B, D)   Eq. 7
     total = p.sum(1, keepdim=True).abs()  # (B, 1)
-    p = p / torch.where(total > 0, total, 1)  # (B, D)
+    p = p / torch.where(total > 0, total, 1)  # (B, D)   cancels in Eq. 8; kept as published
     low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)  # (B, 1)
-    return torch.where(high > low, (p - low) / torch.where(high > low, high - low, 1), 1)  # (B, D)
+    return torch.where(high > low, (p - low) / torch.where(high > low, high - low, 1), 1)  # (B, D)   Eq. 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ def or_all_rows(model: nn.Module) -> str:
     return " or ask for rows='patches' (--rows patches)" if family_of(model) in ALL_ROWS else ""
 
 
+def every_block(steps: list[list[AttentionLayer]]) -> Plan:
+    """Return the plan of a model in which every block is a step, and say so in words."""
+    tokens = "class and distillation token" if steps[0][0].queries == 2 else "class token"
+    return Plan(steps, f"{tokens}, {len(steps)} blocks")
+
+
 def _channels(model: nn.Module) -> int:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return first.in_channels if first else getattr(model, "in_chans", 3)
@@ -107,12 +113,6 @@ def _check_pool(model: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # timm
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def every_block(steps: list[list[AttentionLayer]]) -> Plan:
-    """Make every block a step."""
-    tokens = "class and distillation token" if steps[0][0].queries == 2 else "class token"
-    return Plan(steps, f"{tokens}, {len(steps)} blocks")
 
 
 def _grid_of(embed: Any, images: Tensor, way_out: str = "") -> tuple[int, int]:
@@ -321,7 +321,7 @@ FAMILIES: dict[str, Family] = {
     "transformers.DINOv3ViTPreTrainedModel": transformers,
     "transformers.BeitPreTrainedModel": transformers,
 }
-"""By `_class_names`."""
+"""The function of every family, by the class names that `class_names_of` returns."""
 
 ALL_ROWS = {vision_transformer, naflex, distilled, torchvision, transformers}
 """The families with `rows="patches"`."""

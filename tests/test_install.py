@@ -26,7 +26,7 @@ def run(*command, **options):
 def wheel(tmp_path_factory):
     """Built from a copy, since setuptools writes into the tree that it builds."""
     source, out = tmp_path_factory.mktemp("source") / "daam", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".git", ".venv", "pretrainedmodels", "results", "__pycache__", "*.egg-info", "build")
+    ignored = shutil.ignore_patterns(".git", ".venv", "pretrainedmodels", "results", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (file,) = out.glob("*.whl")
