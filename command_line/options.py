@@ -1,4 +1,4 @@
-"""Options that the scripts share, and what they name: the device, the model, the classes."""
+"""Options of the scripts with their defaults, and what they name: the device, the model, the classes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from daam_core import VARIANTS
+from memorybank import MIN_TEMPERATURE
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
 from models.weights import first_line
 
-MAX_CLASSES = 10  # of one photo
+MAX_CLASSES = 10
+"""Largest number of classes that are explained side by side."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
+    """Parser that reports an error as one line, without the usage."""
+
     def error(self, message: str):
+        """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
 
 
@@ -31,99 +42,70 @@ def flow_options(
     checkpoint: str | Path | None,
     target: int | str | list[int | str] | None,
     output_dir: str | Path,
-    device: str,
-    dtype: str,
-    memory: str,
-    batch: int,
-    norm: bool,
-    rows: str,
-    variant: str,
-    size: str | int,
-    duration: int,
 ) -> Parser:
-    """A parser with the options of every script that explains photos; the arguments are the defaults."""
+    """Return a parser with the options of every script that explains photos.
+
+    The arguments are the constants that people edit in a script. All other defaults are set here.
+    """
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--image",
-        nargs="+",
-        metavar="PATH",
-        default=[image],
-        help=f"image files or folders of them (default: {Path(image).name})",
-    )
-    add(
-        "--model",
-        metavar="NAME",
-        default=argparse.SUPPRESS,
-        help=f"timm name, hf:NAME, torchvision:NAME or embedded model (default: {model})",
-    )
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        default=checkpoint,
-        help=f"local weights, .safetensors or .pth (default: {checkpoint or 'those of the model'})",
-    )
-    add(
-        "--target",
-        nargs="+",
-        metavar="CLASS",
-        default=target,
-        help="class index or name; several are drawn side by side; top3: the three most probable ones of every photo "
-        f"(default: {'the predicted class' if target is None else target})",
-    )
-    add("--output-dir", metavar="DIR", default=output_dir, help="where the results go (default: %(default)s)")
-    add("--device", default=device, help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add(
-        "--dtype",
-        type=one_of("float32", "bfloat16", "float16"),
-        metavar="{float32,bfloat16,float16}",
-        default=dtype,
-        help="the model computes in it; its weights stay float32 (default: %(default)s)",
-    )
-    add(
-        "--memory",
-        type=one_of("auto", "fast", "low"),
-        metavar="{auto,fast,low}",
-        default=memory,
-        help="fast keeps what the gradient needs, low computes it again, auto decides (default: %(default)s)",
-    )
-    add("--batch", type=number(int, 1, 4096, "photos"), metavar="N", default=str(batch),
-        help="photos that the model sees at once (default: %(default)s)")  # fmt: skip
-    add(
-        "--norm",
-        action=argparse.BooleanOptionalAction,
-        default=norm,
-        help="min-max normalise every block's map (default: %(default)s)",
-    )
-    add(
-        "--rows",
-        type=one_of("class", "patches"),
-        metavar="{class,patches}",
-        default=rows,
-        help="which queries are decomposed: the class token, or all tokens, for models that average the patches "
-        "(default: %(default)s)",
-    )
-    add(
-        "--variant",
-        type=one_of(*VARIANTS),
-        metavar=f"{{{','.join(VARIANTS)}}}",
-        default=variant,
-        help="paper; signed: coefficients keep their sign, as they do without a classifier anyway; heads: signed, and "
-        "ReLU for each head before they are added (default: %(default)s)",
-    )
-    add(
-        "--size",
-        type=frame_size,
-        default=str(size),
-        help="size of the frames: image, model, or the longer side in pixels (default: %(default)s)",
-    )
-    add("--duration", type=number(int, 20, 60_000, "milliseconds"), metavar="MS", default=str(duration),
-        help="milliseconds a frame (default: %(default)s)")  # fmt: skip
+    # fmt: off
+    add("--image", nargs="+", metavar="PATH", default=[image],
+        help=f"image files, or folders of images (default: {Path(image).name})")
+    add("--model", metavar="NAME",
+        help=f"timm name, hf:NAME, torchvision:NAME or embedded model (default: {model})")
+    add("--checkpoint", metavar="FILE", default=checkpoint,
+        help=f"local weights, .safetensors or .pth (default: {checkpoint or 'the weights of the model'})")
+    add("--target", nargs="+", metavar="CLASS", default=target,
+        help="class to explain, by index or name; several are drawn side by side; top3 explains the three "
+        f"most probable classes of every photo (default: {'the predicted class' if target is None else target})")
+    add("--output-dir", metavar="DIR", default=output_dir, help="folder of the results (default: %(default)s)")
+    add("--device", default="auto",
+        help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--dtype", type=one_of("float32", "bfloat16", "float16"), metavar="{float32,bfloat16,float16}",
+        default="float32",
+        help="dtype in which the model computes; weights stay float32, and the half precisions use autocast: half the "
+        "memory, and fast on GPUs (default: %(default)s)")
+    add("--memory", type=one_of("auto", "fast", "low"), metavar="{auto,fast,low}", default="auto",
+        help="fast keeps everything that the gradient needs, low recomputes most of it, auto decides by the size of "
+        "the model (default: %(default)s)")
+    add("--batch", type=number(int, 1, 4096, "photos"), metavar="N", default=16,
+        help="number of photos that the model sees at once (default: %(default)s)")
+    add("--norm", action=argparse.BooleanOptionalAction, default=False,
+        help="min-max normalise the map of every block before it is accumulated; not in the paper "
+        "(default: %(default)s)")
+    add("--rows", type=one_of("class", "patches"), metavar="{class,patches}", default="class",
+        help="queries that are decomposed: class is the class token, as in the paper; patches is all tokens, for "
+        "models that average the patches (default: %(default)s)")
+    add("--variant", type=one_of(*VARIANTS), metavar=f"{{{','.join(VARIANTS)}}}", default="paper",
+        help="paper is the method of the paper; signed keeps the sign of the coefficients, as the paper does without "
+        "a classifier; heads does so too, and takes ReLU head by head (default: %(default)s)")
+    add("--size", type=frame_size, default="image",
+        help="size of the frames: image is that of the photo, model that of the model's input, as in the paper, and a "
+        "number the longer side in pixels (default: %(default)s)")
+    add("--duration", type=number(int, 20, 60_000, "milliseconds"), metavar="MS", default=400,
+        help="milliseconds of a frame; the last frame stays three times as long (default: %(default)s)")
+    # fmt: on
     return parser
 
 
+def bank_options(parser: Parser, bank: str | Path | None) -> None:
+    """Add the options of the memory bank to a parser."""
+    add, count = parser.add_argument, number(int, 1, 10**9)
+    # fmt: off
+    add("--bank", metavar="DIR", default=bank,
+        help="memory bank; if no model is named, the bank decides which one is loaded "
+        f"(default: {bank or 'the bank of the model'})")
+    add("--k", type=count, metavar="N", default=20, help="number of neighbours that vote (default: %(default)s)")
+    add("--temperature", type=number(float, MIN_TEMPERATURE, 100), metavar="T", default=0.07,
+        help="temperature of the votes (default: %(default)s)")
+    add("--target-k", type=count, metavar="N", default=200,
+        help="number of neighbours that are searched for a class named by --target (default: %(default)s)")
+    # fmt: on
+
+
 def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str], float]:
-    """For `add_argument(type=...)`: a number within limits."""
+    """Return a `type` for `add_argument` that takes a number within limits."""
 
     def parse(text: str) -> float:
         try:
@@ -138,7 +120,7 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """For `add_argument(type=...)`: `choices` that also hold for the constant of a script."""
+    """Return a `type` for `add_argument` that takes one of these words."""
 
     def parse(text: str) -> str:
         if text not in words:
@@ -149,6 +131,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def frame_size(text: str) -> str | int:
+    """Parse the value of --size."""
     if text in ("image", "model"):
         return text
     if text.isdigit() and 32 <= int(text) <= 8192:
@@ -156,11 +139,16 @@ def frame_size(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"expected image, model, or 32 to 8192 pixels, got {text!r}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What the options name
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def find_device(name: str) -> torch.device:
-    """The device of that name; of "auto" and "cuda", under `torchrun`, the GPU of this rank.
+    """Return the device of that name; under `torchrun`, "auto" and "cuda" mean the GPU of this rank.
 
     Raises:
-        ValueError: when it cannot be used.
+        ValueError: if the device cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -168,34 +156,44 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # on "meta" there are none
+        probe.item()  # the device "meta" has no values
         return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from None
 
 
-def warn_fallback(error: WeightsUnavailable, instead: str) -> None:
-    """Say, in one line, why a default cannot be had and what takes its place."""
-    reason = str(error).removeprefix("model: ").split(";")[0]
-    print(f"{reason}; going on with the embedded {instead}", file=sys.stderr)
+def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
+    """Return a context in which the model computes in that dtype."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def load_named(options: argparse.Namespace, default: str) -> LoadedModel:
-    """The model that --model and --checkpoint name; a checkpoint that says what it is needs no name."""
-    name = getattr(options, "model", None)
+    """Load the model that --model and --checkpoint name.
+
+    Without --model, a checkpoint that names its architecture decides; otherwise it is the default.
+    """
+    name = options.model
     if name is None and not (options.checkpoint is not None and architecture_of(options.checkpoint)):
         name = default
     return load(name, options.checkpoint, find_device(options.device))
 
 
+def warn_fallback(error: WeightsUnavailable, fallback: str) -> None:
+    """Print one line that says why a default is not available and what replaces it."""
+    reason = str(error).removeprefix("model: ").split(";")[0]
+    print(f"{reason}; using the embedded {fallback} instead", file=sys.stderr)
+
+
 def find_targets(
     target: int | str | list[int | str] | None, class_names: list[str] | None, num_classes: int
 ) -> list[int] | int:
-    """What TARGET or --target asks for: the indices of the classes that it names, or N for the N most probable ones of
-    every photo (of "topN", and 1 of None).
+    """Return the classes that TARGET or --target names.
+
+    Returns:
+        The indices of the classes, or N for the N most probable classes of every photo ("topN"; 1 for None).
 
     Raises:
-        ValueError: when a class is not found or named twice, or there are too many.
+        ValueError: if a class is not found or named twice, or there are too many.
     """
     if target is None:
         return 1
@@ -207,7 +205,7 @@ def find_targets(
     for word in words:
         if top := re.fullmatch(r"top *(\d+)", word.strip().lower()):
             if len(words) > 1:
-                raise ValueError(f"target: {word!r} goes with no other class; give it alone")
+                raise ValueError(f"target: {word!r} cannot be combined with other classes; pass it alone")
             if not 1 <= int(top[1]) <= most:
                 raise ValueError(f"target: expected top1 to top{most}, got {word}")
             return int(top[1])
@@ -219,8 +217,8 @@ def find_targets(
 
 
 def run(main: Callable[[], int]) -> None:
-    """Call `main` and leave with its exit code; 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    """Call `main` and exit with the code that it returns, or with 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,12 +1,13 @@
-"""The loop over the photos: read them in batches, and report what cannot be read or explained."""
+"""Loop over the photos of a call: read them in batches, and report every error as one line on stderr."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,104 +16,139 @@ from tqdm import tqdm
 
 from command_line.results import file_name, result_names
 from daam_core import UnsupportedModel
+from models import LoadedModel
 from models.images import find_images, read_image
 
-OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"  # CUDA and MPS, cuBLAS, CPU, Windows
+OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"
+"""Messages of CUDA and MPS, cuBLAS, the CPU and Windows."""
 
 
-def explain_photos(
-    options: argparse.Namespace,
-    prepare: Callable[[argparse.Namespace], tuple],
-    explain: Callable[..., tuple],
-    save: Callable[..., None],
-) -> int:
-    """Explain every photo that the options name; what cannot be done is a line on stderr, the others are still done.
+@dataclass(frozen=True)
+class Photo:
+    """One photo of a batch."""
 
-    The model sees --batch photos at once. They are read again one by one to be drawn, so that no more than one of them
-    is held.
+    file: Path
+    index: int
+    """Position in the batch."""
+    folder: Path
+    """Folder of its results, without the name of a class. No two photos of a call share one."""
 
-    Args:
-        options: of `flow_options`.
-        prepare: options -> (loaded model, ...), what every photo needs; called when there are photos.
-        explain: (images (B, 3, H, W), *prepared, options) -> what `save` needs.
-        save: (file, folder, index, *explained, *prepared, options) -> None, writes the results of one photo of the
-            batch; `folder` has no class yet.
 
-    Returns:
-        The exit code.
+@dataclass(frozen=True)
+class Batch:
+    """Photos that the model sees at once."""
+
+    photos: list[Photo]
+    images: Tensor
+    """`(B, 3, H, W)`, on the device of the model."""
+
+
+class Photos:
+    """Photos that --image names, in batches of --batch.
+
+        photos = Photos(options)
+        with photos.reporting():
+            loaded = load(...)
+            for batch in photos.batches(loaded):
+                with photos.explaining(batch):
+                    flow = attention_flow(loaded.model, batch.images)
+                    for photo in batch.photos:
+                        with photos.saving(photo):
+                            ...  # read_image(photo.file), flow.accumulated[photo.index] -> photo.folder
+        return photos.exit_code
+
+    An error is reported, and the other photos are still explained. Batches hold the input of the model only: a photo is
+    read again when it is drawn, so that no more than one is in memory.
     """
-    failures = 0
 
-    def failed(error: Exception, file: Path | None = None) -> None:
-        nonlocal failures
-        failures += 1
+    def __init__(self, options: argparse.Namespace):
+        """Find the files; report paths that do not exist and folders without images."""
+        self.options = options
+        self.errors = 0
+        files: list[Path] = []
+        for path in options.image:
+            try:
+                files += find_images(path)
+            except (ValueError, OSError) as error:
+                self.report(error)
+        self.files = list(dict.fromkeys(files))
+        self._names = dict(zip(self.files, result_names(self.files)))
+        self._queue = [self.files[i : i + options.batch] for i in range(0, len(self.files), options.batch)]
+        self._bar = tqdm(disable=True)
+        self._device: torch.device | None = None
+        self._batch_size = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 2 after an error."""
+        return 2 if self.errors else 0
+
+    def report(self, error: Exception, file: Path | None = None) -> None:
+        """Print an error as one line that names the file, and count it."""
+        self.errors += 1
         tqdm.write(f"error: {error}" + (f" ({file})" if file and str(file) not in str(error) else ""), file=sys.stderr)
 
-    files: list[Path] = []
-    for path in options.image:
-        try:
-            files += find_images(path)
-        except (ValueError, OSError) as error:
-            failed(error)
-    files = list(dict.fromkeys(files))
-    if not files:
-        return 2
-    try:
-        prepared = prepare(options)
-    except (ValueError, OSError) as error:
-        failed(error)
-        return 2
-    loaded, place = prepared[0], Path(options.output_dir, file_name(prepared[0].name))
-    device = next(loaded.model.parameters()).device
+    def batches(self, loaded: LoadedModel) -> Iterator[Batch]:
+        """Read the photos and yield them batch by batch, with a progress bar; report files that cannot be read."""
+        self._device = next(loaded.model.parameters()).device
+        self._bar = tqdm(total=len(self.files), unit="image", disable=len(self.files) == 1)
+        while self._queue:
+            if batch := self._read(self._queue.pop(0), loaded):
+                yield batch
 
-    def explain_batch(batch: dict[Path, Tensor]) -> None:
+    def _read(self, files: list[Path], loaded: LoadedModel) -> Batch | None:
+        images: dict[Path, Tensor] = {}
+        for file in files:
+            try:
+                images[file] = loaded.transform(read_image(file))
+            except ValueError as error:
+                self.report(error)
+                self._bar.update()
+            self._batch_size = len(images)
+        if not images:
+            return None
+        place = Path(self.options.output_dir, file_name(loaded.name))
+        photos = [Photo(file, i, place / self._names[file]) for i, file in enumerate(images)]
+        return Batch(photos, torch.stack([*images.values()]).to(self._device))
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Report an error that ends the call: the model cannot be loaded or explained, or memory runs out."""
         try:
-            with precision(device, options.dtype):
-                explained = explain(torch.stack([*batch.values()]).to(device), *prepared, options)
+            yield
+        except (ValueError, OSError) as error:
+            self.report(error)
+        except (RuntimeError, MemoryError) as error:
+            out_of_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
+            if not out_of_memory or self._device is None:
+                raise
+            photos = f"{self._batch_size} photos at once need" if self._batch_size > 1 else "one photo needs"
+            advice = "try a smaller --batch, --memory low or --size 1024"
+            self.report(ValueError(f"batch: {photos} more memory than {self._device} has; {advice}"))
+        finally:
+            self._bar.close()
+
+    @contextmanager
+    def explaining(self, batch: Batch) -> Iterator[None]:
+        """Report an error of a single photo; after an error of several, `batches` yields them again one by one."""
+        try:
+            yield
         except UnsupportedModel:
             raise
         except ValueError as error:
-            if len(batch) == 1:
-                failed(error, *batch)
-                bar.update()
+            if len(batch.photos) == 1:
+                self.report(error, batch.photos[0].file)
+                self._bar.update()
             else:
-                for file, images in batch.items():  # to see whose fault it is
-                    explain_batch({file: images})
-            return
-        for index, file in enumerate(batch):
-            try:
-                save(file, place / names[file], index, *explained, *prepared, options)
-            except (ValueError, OSError) as error:
-                failed(error, file)
-            except MemoryError:
-                failed(ValueError("size: its frames need more memory than there is; try --size 1024"), file)
-            bar.update()
+                self._queue[:0] = [[photo.file] for photo in batch.photos]
 
-    names = dict(zip(files, result_names(files)))
-    with tqdm(total=len(files), unit="image", disable=len(files) == 1) as bar:
+    @contextmanager
+    def saving(self, photo: Photo) -> Iterator[None]:
+        """Report an error of drawing or writing the results of a photo."""
         try:
-            for start in range(0, len(files), options.batch):
-                batch = {}
-                for file in files[start : start + options.batch]:
-                    try:
-                        batch[file] = loaded.transform(read_image(file))
-                    except ValueError as error:
-                        failed(error)
-                        bar.update()
-                if batch:
-                    explain_batch(batch)
-        except UnsupportedModel as error:
-            failed(error)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
-                raise
-            photos = f"{len(batch)} photos at once need" if len(batch) > 1 else "one photo needs"
-            failed(ValueError(
-                f"batch: {photos} more memory than {device} has; try a smaller --batch, --memory low or --size 1024"
-            ))  # fmt: skip
-    return 2 if failures else 0
-
-
-def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
-    """Where the model computes in that dtype."""
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+            yield
+        except (ValueError, OSError) as error:
+            self.report(error, photo.file)
+        except MemoryError:
+            self.report(ValueError("size: its frames need more memory than there is; try --size 1024"), photo.file)
+        self._bar.update()

@@ -77,7 +77,7 @@ def test_default_run_without_network(offline, tmp_path):
     assert result.returncode == 0, result.stderr
     notes = [line for line in result.stderr.splitlines() if "embedded" in line]
     reason = "the weights of deit_small_patch16_224 are not cached and http://127.0.0.1:9 cannot be reached"
-    assert notes == [f"{reason}; going on with the embedded {EMBEDDED}"]
+    assert notes == [f"{reason}; using the embedded {EMBEDDED} instead"]
     printed = result.stdout.splitlines()
     assert printed[0].endswith("coffee.png") and len(printed) == 7
     assert "cup" in printed[1]  # the most probable class
@@ -206,7 +206,7 @@ def test_pictures_and_names_out_of_the_ordinary(offline, weights, tmp_path):
         (["--target", "0", "1", "2", "cat"], ["target: expected 1 to 3 classes, got 4"]),
         (["--target", "top4"], ["target: expected top1 to top3, got top4"]),
         (["--target", "top0"], ["target: expected top1 to top3, got top0"]),
-        (["--target", "cat", "top2"], ["target: 'top2' goes with no other class; give it alone"]),
+        (["--target", "cat", "top2"], ["target: 'top2' cannot be combined with other classes; pass it alone"]),
         (["--batch", "0"], ["--batch: expected 1 to 4096 photos, got 0"]),
         (["--dtype", "float8"], ["--dtype: expected float32, bfloat16 or float16, got 'float8'"]),
         (["--memory", "much"], ["--memory: expected auto, fast or low, got 'much'"]),

@@ -76,7 +76,7 @@ def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
     result = run("--output-dir", tmp_path, env=offline, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     reason = "there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"
-    assert result.stderr.splitlines() == [f"{reason}; going on with the embedded {EMBEDDED} and its bank"]
+    assert result.stderr.splitlines() == [f"{reason}; using the embedded {EMBEDDED} and its bank instead"]
     printed = result.stdout.splitlines()
     assert printed[0].endswith("coffee.png")
     assert re.search(r"^ +[0-9.]+% of the votes, [ 0-9]+ of 20 neighbours +[0-9]+  cup$", printed[1])
@@ -186,7 +186,7 @@ def test_a_bank_without_weights(offline, repository, tmp_path):  # noqa: F811
     result = run("--output-dir", tmp_path / "out", env=offline, root=repository)
     assert result.returncode == 0, result.stderr
     reason = "the weights of vit_small_patch8_224.dino are not cached and http://127.0.0.1:9 cannot be reached"
-    assert result.stderr.splitlines() == [f"{reason}; going on with the embedded {EMBEDDED} and its bank"]
+    assert result.stderr.splitlines() == [f"{reason}; using the embedded {EMBEDDED} and its bank instead"]
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
@@ -314,7 +314,7 @@ def test_the_bank_says_what_a_checkpoint_is(offline, own_bank, weights, tmp_path
         (["--model", "vit_small_patch8_224.dino", "--bank", None, "--checkpoint", None],
          ["there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"]),
         (["--checkpoint", None, "--bank", "wrong"],
-         ["checkpoint: the bank wrong was built with mine.pth; give it with --checkpoint"]),
+         ["checkpoint: the bank wrong was built with mine.pth; pass it with --checkpoint"]),
         (["--checkpoint", None, "--bank", "gone"], ["bank: there is no folder gone"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if value[0].startswith("--") else "",
@@ -391,4 +391,4 @@ def test_transformers_model_and_its_bank(own_bank, offline, tmp_path):  # noqa: 
     assert flow["model"] == "hf:mine" and flow["grid"] == [4, 4] and flow["decomposed"] == "class token, 3 blocks"
     assert flow["versions"]["transformers"] == transformers.__version__
     result = run("--bank", tmp_path / "bank", env=offline, cwd=tmp_path)
-    one_line_error(result, "model: the bank", "was built with a folder mine; give it, --model hf:PATH")
+    one_line_error(result, "model: the bank", "was built with a folder mine; pass it with --model hf:PATH")

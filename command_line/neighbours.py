@@ -1,0 +1,134 @@
+"""Neighbours of the photos in a memory bank: the search, what the manifest says of them, and a picture."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from daam_vit.drawing import truncate
+from memorybank import MemoryBank, Vote
+from models.images import read_image, resize_longest_side
+
+
+class NeighbourSearch:
+    """Search of a bank for the features of a batch: who votes, which classes are explained, what is important to them.
+
+    search = NeighbourSearch(bank, targets)
+    flow = attention_flow(model, images, importance=search.importance)
+    search.classes, search.vote  # found on the way: the bank is read once
+    """
+
+    vote: Vote
+    """Vote of the k nearest neighbours on the class."""
+    looked_at: Vote
+    """Vote of the neighbours among which the classes to explain were found: the same, or more for classes by name."""
+    classes: Tensor
+    """`(B, K)` int64: the classes to explain. If fewer than K classes have votes, the first one fills the row."""
+
+    def __init__(
+        self,
+        bank: MemoryBank,
+        targets: list[int] | int,
+        k: int = 20,
+        temperature: float = 0.07,
+        target_k: int = 200,
+    ):
+        """Prepare a search.
+
+        Args:
+            bank: the memory bank.
+            targets: from `find_targets`: class indices, or N for the N classes with the most votes.
+            k: number of neighbours that vote.
+            temperature: temperature of the votes.
+            target_k: number of neighbours that are searched for the classes in `targets`.
+        """
+        self.bank, self.targets, self.k, self.temperature, self.target_k = bank, targets, k, temperature, target_k
+
+    @property
+    def by_name(self) -> bool:
+        """Whether classes were named, as opposed to those with the most votes."""
+        return not isinstance(self.targets, int)
+
+    def importance(self, features: Tensor) -> Tensor:
+        """Return the importance of every dimension of features `(B, D)` for the classes to explain: `(B, K, D)`."""
+        bank = self.bank
+        count = min(max(self.k, self.target_k), len(bank.labels)) if self.by_name else self.k
+        similarities, rows = bank.nearest(features, count)
+        self.vote = bank.vote(similarities[:, : self.k], rows[:, : self.k], self.temperature)
+        self.looked_at = bank.vote(similarities, rows, self.temperature)
+        if self.by_name:
+            self.classes = torch.tensor(self.targets).expand(len(features), -1)
+        else:
+            votes, classes = self.vote.votes.topk(self.targets)
+            self.classes = torch.where(votes > 0, classes, classes[:, :1])
+        return torch.stack([bank.importance_of(features, self.looked_at, c) for c in self.classes.unbind(1)], 1)
+
+    def votes(self, features: Tensor) -> Tensor:
+        """Return the votes on the features of every block, `(B, L, D)` -> `(B, L, num_classes)`."""
+        votes = self.bank.classify(features.flatten(0, 1), self.k, self.temperature).votes
+        return votes.unflatten(0, features.shape[:2])
+
+
+def describe_neighbours(bank: MemoryBank, vote: Vote, index: int) -> list[dict]:
+    """Return what flow.json lists for each neighbour of one image.
+
+    Returns:
+        `row` in the bank, `index` and `name` of the class, `similarity` and, if the bank knows it, the `file`.
+    """
+    rows = zip(vote.neighbours[index].tolist(), vote.labels[index].tolist(), vote.similarities[index].tolist())
+    return [
+        {"row": row, "index": label, "name": bank.class_name(label), "similarity": similarity}
+        | ({"file": str(bank.file(row))} if bank.files else {})
+        for row, label, similarity in rows
+    ]
+
+
+def draw_neighbours(
+    photo: Image.Image, headline: str, neighbours: list[dict], explained: list[int], columns: int = 5, most: int = 40
+) -> Image.Image:
+    """Draw a photo beside its neighbours.
+
+    Args:
+        photo: the photo.
+        headline: text above it.
+        neighbours: from `describe_neighbours`; a neighbour without a readable file is drawn as its name.
+        explained: classes whose neighbours have a green frame.
+        columns: number of neighbours in a row.
+        most: largest number of neighbours that are drawn.
+    """
+    side, gap, line, left = 150, 10, 22, 320
+    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
+    neighbours = neighbours[:most]
+    rows = -(-len(neighbours) // columns)
+    query = resize_longest_side(photo, left, Image.Resampling.LANCZOS)
+    top = 2 * gap + line
+    height = top + max(query.height + gap, rows * (side + line + gap))
+    page = Image.new("RGB", (left + columns * (side + gap) + 2 * gap, height), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap), headline, "black", font)
+    page.paste(query, (gap, top))
+    for i, neighbour in enumerate(neighbours):
+        x = left + 2 * gap + i % columns * (side + gap)
+        y = top + i // columns * (side + line + gap)
+        page.paste(_tile(neighbour, side, small), (x, y))
+        colour = "limegreen" if neighbour["index"] in explained else "silver"
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
+        draw.text((x, y + side + 3), truncate(_label(neighbour), small, side - 40), "black", small)
+        draw.text((x + side, y + side + 3), f"{neighbour['similarity']:.2f}", "black", small, anchor="ra")
+    return page
+
+
+def _label(neighbour: dict) -> str:
+    return neighbour["name"].split(", ")[0]
+
+
+def _tile(neighbour: dict, side: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    tile = Image.new("RGB", (side, side), "whitesmoke")
+    try:
+        picture = resize_longest_side(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
+        tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    except ValueError:  # the file is unknown, or no longer there
+        text = truncate(_label(neighbour), font, side - 12)
+        ImageDraw.Draw(tile).text((side / 2, side / 2), text, "black", font, anchor="mm")
+    return tile
