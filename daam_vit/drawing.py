@@ -16,7 +16,7 @@ from torch import Tensor
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 """What `ImageFont.load_default` returns, with and without FreeType."""
 
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 
 
 def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -115,7 +115,8 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
         ValueError: if the classes have different numbers of frames, or there is not one title a class.
     """
     if not panels or len({len(frames) for frames in panels}) > 1:
-        raise ValueError(f"panels: expected the same number of frames for every class, got {[len(frames) for frames in panels]}")
+        counts = [len(frames) for frames in panels]
+        raise ValueError(f"panels: expected the same number of frames for every class, got {counts}")
     if titles is not None and len(titles) != len(panels):
         raise ValueError(f"titles: expected one for each of {len(panels)} classes, got {len(titles)}")
     w, h = panels[0][0].size
@@ -175,7 +176,7 @@ def quantize(frame: Image.Image, pixels: int = 10_000) -> Image.Image:
     return frame.quantize(palette=colours, dither=Image.Dither.NONE)
 
 
-def map_in_threads(function: Callable[..., T], *arguments: Iterable) -> list[T]:
+def map_in_threads(function: Callable[..., _Result], *arguments: Iterable) -> list[_Result]:
     """Map a function over its arguments on all cores: Pillow lets other threads run while it computes."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, *arguments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,23 +37,23 @@ def logit_lens(
     The output of every block goes through the model's own last norm and head: the logit lens (nostalgebraist 2020,
     "interpreting GPT: the logit lens"; for Vision Transformers Vilas et al., NeurIPS 2023, "Analyzing Vision
     Transformers for Image Classification in Class Embedding Space", https://arxiv.org/abs/2310.18969). It is a reading:
-    only the last block was trained to be read this way, and the evidence for a class may be there before it can be read.
+    only the last block was trained to be read this way, and evidence for a class may be there before it can be read.
 
-    The model runs once; its last block hands on the outputs of all blocks as a batch of L * B images. The last reading
-    is held against the model's output.
+    The model runs once; its last block returns the outputs of all blocks as a batch of L * B images. The last reading
+    is compared with the model's output.
 
     Args:
         model: as for `attention_flow`, of a known family; it is given back as it was.
         images: as for `attention_flow`.
-        rows: "class": only the class token is handed on (and other tokens before the patches); "patches": all tokens,
-            for models whose head reads the mean of the patches.
+        rows: "class" reads only the class token (and other tokens before the patches); "patches" reads all tokens, for
+            models whose head reads the mean of the patches.
         head: False stops before the head.
         output: the scores, or the features, of these images if they are known (`AttentionFlow.output`); otherwise the
             model runs once more, for the first image.
 
     Returns:
-        Scores `(B, L, num_classes)`, or without the head features `(B, L, D)` as `features(model, images)` gives them;
-        in the model's dtype, without a graph.
+        Scores `(B, L, num_classes)`, or without the head features `(B, L, D)` as `features` returns them; in the
+        model's dtype, without a graph.
 
     Raises:
         UnsupportedModel: a `ValueError`, if there is no such reading: the model is of no known family, its blocks
@@ -64,11 +64,12 @@ def logit_lens(
     """
     model = unwrap(model)
     name, family, plan = type(model).__name__, family_of(model), plan_of(model, images, rows)
-    blocks = [_block_of(model, step) for step in plan.steps] if plan else []
+    found = [_block_of(model, step) for step in plan.steps] if plan else []
+    blocks = [block for block in found if block is not None]
     reason = (
         "is of no known family" if plan is None
         else "has blocks of several widths or branches" if family in NO_LENS
-        else "has an attention pool" if None in blocks
+        else "has an attention pool" if None in found
         else "pools a padded batch by its own mask" if rows == "patches" and isinstance(images, dict)
         else ""
     )  # fmt: skip
@@ -78,31 +79,10 @@ def logit_lens(
         raise ValueError("head: the model has no classifier; pass head=False for its features")
     images, forward = to_model(images, reference_parameter(model)), scores if head else features
     prefix = None if rows == "patches" or family is volo else plan.steps[0][0].prefix  # VOLO's score adds the patches
-    place = 1 if family is tnt else 0  # of the tokens in a block's output, if it is a tuple; TNT's first are its pixels
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        tokens = output if isinstance(output, Tensor) else output[place]
-        kept.append(tokens[:, :prefix].clone())
-
-    def hand_on(module: nn.Module, args: tuple, output: Any) -> Any:
-        tokens = torch.cat(kept)  # (L * B, prefix, C)
-        return tokens if isinstance(output, Tensor) else (*output[:place], tokens, *output[place + 1 :])
-
-    pairs: list[Hook] = [(block.register_forward_hook, keep) for block in blocks if block is not None]
-    if family is cait:  # the patches join again between its last block and its norm
-        norm: Any = model.norm
-        pairs.append((norm.register_forward_pre_hook, lambda module, args: torch.cat(kept)))
-    else:
-        pairs.append((blocks[-1].register_forward_hook, hand_on))
     with torch.no_grad(), eval_mode(model):
-        with hooks(pairs):
-            readings = forward(model, images)
+        readings = _read_blocks(model, blocks, prefix, lambda: forward(model, images))
         output = forward(model, first_image(images)) if output is None else output
     check_output(output)
-    if len(kept) != len(blocks):
-        raise UnsupportedModel(f"model: {name} does not run every block once, so its blocks cannot be read one by one")
-    readings = readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)  # (B, L, num_classes)
     last = readings[: len(output), -1]
     if output.shape != last.shape:
         raise ValueError(f"output: expected {tuple(readings[:, -1].shape)}, got {tuple(output.shape)}")
@@ -121,3 +101,37 @@ def _block_of(model: nn.Module, step: Sequence[AttentionLayer]) -> nn.Module | N
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     modules = {layer.module for layer in step}
     return next((block for blocks in lists for block in blocks if modules.issubset(block.modules())), None)
+
+
+def _read_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], prefix: int | None, forward: Callable[[], Tensor]
+) -> Tensor:
+    """Run the model once, its norm and head on the first `prefix` tokens (None: all) after every block.
+
+    Returns:
+        `(B, L, num_classes)`, or `(B, L, D)`.
+    """
+    family = family_of(model)
+    place = 1 if family is tnt else 0  # of the tokens, if a block returns a tuple; TNT's begins with its pixels
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        tokens = output if isinstance(output, Tensor) else output[place]
+        kept.append(tokens[:, :prefix].clone())
+
+    def return_kept(module: nn.Module, args: tuple, output: Any) -> Any:
+        tokens = torch.cat(kept)  # (L * B, prefix, C)
+        return tokens if isinstance(output, Tensor) else (*output[:place], tokens, *output[place + 1 :])
+
+    pairs: list[Hook] = [(block.register_forward_hook, keep) for block in blocks]
+    if family is cait:  # the patches join again between its last block and its norm
+        norm: Any = model.norm
+        pairs.append((norm.register_forward_pre_hook, lambda module, args: torch.cat(kept)))
+    else:
+        pairs.append((blocks[-1].register_forward_hook, return_kept))
+    with hooks(pairs):
+        readings = forward()  # (L * B, num_classes)
+    if len(kept) != len(blocks):
+        name = type(model).__name__
+        raise UnsupportedModel(f"model: {name} does not run every block once, so its blocks cannot be read one by one")
+    return readings.unflatten(0, (len(blocks), -1)).transpose(0, 1)

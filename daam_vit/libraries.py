@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +43,16 @@ def class_names_of(model: nn.Module) -> list[str]:
 
 
 def scores(model: nn.Module, images: Images) -> Tensor:
-    """Run the model: `(B, num_classes)` class scores (logits)."""
+    """Run the model and return its class scores (logits), `(B, num_classes)`."""
     output = model(images, return_dict=True) if library_of(model) == "transformers" else model(images)
     return getattr(output, "logits", output)
 
 
 def features(model: nn.Module, images: Images) -> Tensor:
-    """Run the model up to its classifier: `(B, D)`, what the classifier reads, timm's `pre_logits`.
+    """Run the model and return what its classifier reads, `(B, D)`: timm's `pre_logits`.
 
-    A model of transformers without a classifier gives the class token of `last_hidden_state` (BEiT with mean pooling:
-    the `pooler_output`); a model of no known library gives its output. The model runs as it is: mode, device and
+    For a model of transformers without a classifier this is the class token of `last_hidden_state` (BEiT with mean
+    pooling: the `pooler_output`), for a model of no known library its output. The model runs as it is: mode, device and
     gradients are the caller's.
 
     Raises:
@@ -59,12 +60,8 @@ def features(model: nn.Module, images: Images) -> Tensor:
     """
     model = unwrap(model)
     library = library_of(model)
-    if library == "timm" and isinstance(images, dict):
-        names = ("patches", "patch_coord", "patch_valid", "attn_mask")
-        patches = {name: images[name] for name in names if name in images}
-        return model.forward_head(**model.forward_features(**patches), pre_logits=True)
     if library == "timm":
-        return model.forward_head(model.forward_features(images), pre_logits=True)
+        return _features_of_timm(model, images)
     head = getattr(model, {"torchvision": "heads", "transformers": "classifier"}.get(library, ""), None)
     if isinstance(head, nn.Module):
         seen: list[Tensor] = []
@@ -81,7 +78,15 @@ def features(model: nn.Module, images: Images) -> Tensor:
     return model(images)
 
 
-def _token_of_transformers(model: nn.Module, images: Images) -> Tensor:
+def _features_of_timm(model: Any, images: Images) -> Tensor:
+    if isinstance(images, dict):
+        names = ("patches", "patch_coord", "patch_valid", "attn_mask")
+        tokens = model.forward_features(**{name: images[name] for name in names if name in images})
+        return model.forward_head(**tokens, pre_logits=True)
+    return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+def _token_of_transformers(model: Any, images: Images) -> Tensor:
     distilled = hasattr(model, "distillation_classifier")  # its score is the mean of two heads, and so is the feature
     output = (model.base_model if distilled else model)(images, return_dict=True)
     if getattr(model.config, "use_mean_pooling", False):  # BEiT
@@ -94,13 +99,13 @@ def _token_of_transformers(model: nn.Module, images: Images) -> Tensor:
 
 def num_classes(model: nn.Module) -> int | None:
     """Return the width of the model's classifier: 0 if it has none, None if that is not known."""
-    model = unwrap(model)
-    library = library_of(model)
-    if library == "torchvision" and hasattr(model, "heads"):
-        return next((m.out_features for m in reversed(list(model.heads.modules())) if isinstance(m, nn.Linear)), 0)
+    inner: Any = unwrap(model)
+    library = library_of(inner)
+    if library == "torchvision" and hasattr(inner, "heads"):
+        return next((m.out_features for m in reversed(list(inner.heads.modules())) if isinstance(m, nn.Linear)), 0)
     if library == "transformers":
-        return model.config.num_labels if hasattr(model, "classifier") or hasattr(model, "cls_classifier") else 0
-    return getattr(model, "num_classes", None)
+        return inner.config.num_labels if hasattr(inner, "classifier") or hasattr(inner, "cls_classifier") else 0
+    return getattr(inner, "num_classes", None)
 
 
 def reference_parameter(model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from daam_vit.drawing import Font, truncate
+from daam_vit.drawing import truncate
 
 
 def evolution_picture(
@@ -181,9 +181,7 @@ def _draw_title(page: _Page, at: _Layout, leads_from: int | None, quantity: str)
 
 
 def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]]) -> None:
-    page.heading(
-        at.maps + 8, "What counts so far", "the map accumulated", "up to each block:", "blue little, red much"
-    )
+    page.heading(at.maps + 8, "What counts so far", "the map accumulated", "up to each block:", "blue little, red much")
     for b, x in enumerate(at.centres, 1):
         page.text(x, at.maps - 18, f"block {b}", 15, anchor="mm")
     for k, row in enumerate(frames):
