@@ -1,18 +1,18 @@
-"""The memory bank: features of labelled images, and what their nearest neighbours say about another one.
+"""Query a memory bank: features of labelled images, whose nearest neighbours classify and explain another image.
 
     bank = MemoryBank.load("memorybank/embedded")
     vote = bank.classify(features)                                       # features (B, D)
-    flow = attention_flow(model, images, importance=bank.importance)     # explains a model that has no classifier
+    flow = attention_flow(model, images, importance=bank.importance)     # explains a model without a classifier
 
-Non-parametric instance discrimination (Wu, Xiong, Yu, Lin, CVPR 2018, https://arxiv.org/abs/1805.01978) as the k-NN
-evaluation of DINO uses it (https://github.com/facebookresearch/dino, eval_knn.py). A bank is a folder:
+This is non-parametric instance discrimination (Wu, Xiong, Yu, Lin, CVPR 2018, https://arxiv.org/abs/1805.01978), as in
+the k-NN evaluation of DINO (https://github.com/facebookresearch/dino, eval_knn.py). A bank is a folder:
 
     trainfeat.pth       (M, D)  float16 or float32, rows L2-normalised
     trainlabels.pth     (M,)    integers, the class of every row
-    testfeat.pth, testlabels.pth    the same of other images; only the evaluation reads them
-    bank.json           model, checkpoint, transform, class names, files, counts, versions; banks of DINO have none
+    testfeat.pth, testlabels.pth    the same for other images; read by the evaluation only
+    bank.json           model, checkpoint, transform, class names, files, counts, versions; absent in DINO's banks
 
-`memorybank.build` makes one of a folder of images; on the command line, `python -m memorybank build | eval | info`.
+`memorybank.build` makes a bank from a folder of images. The command is `python -m memorybank build | eval | info`.
 """
 
 from __future__ import annotations
@@ -28,62 +28,66 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from daam_core import dimension_importance, neighbour_votes
+
 __all__ = ["MemoryBank", "Vote", "read_pair"]
 
 TILE, SLAB = 4096, 64
-"""Rows that are widened to float32 at once, 6 MB at D = 384, and rows of one product in a batch of them: with small
-products all cores take part, which a single product with one query would leave to one."""
+"""Rows that become float32 at once (6 MB at D = 384), and rows of each matrix product in a batched product.
+
+The products are small so that they run on all cores; one large product with a single query would run on one."""
 MIN_TEMPERATURE = 0.02
-"""The least temperature: exp(1 / 0.02) is still far from the limit of float32."""
+"""Lowest temperature, at which exp(1 / 0.02) is still far below the largest float32."""
 MAX_CLASSES = 1_000_000
-"""A larger label is taken for damage."""
+"""Number of classes; a label beyond it is treated as corruption."""
 SPAN = 1 << 22
-"""Similarities that are gathered before the best of them are picked: 16 MB."""
+"""Similarities that are computed before the best are selected (16 MB)."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """What the k nearest neighbours say about B features; on the device of the features."""
+    """Votes of the k nearest neighbours of B features, on the device of the features."""
 
     prediction: Tensor
     """`(B,)` int64: the class with the largest sum of votes."""
     votes: Tensor
-    """`(B, K)` float32: the sum of exp(similarity / temperature) over the neighbours of every class."""
+    """`(B, K)` float32: sum of exp(similarity / temperature) over the neighbours of each of the K classes."""
     neighbours: Tensor
     """`(B, k)` int64: rows of the bank, the most similar first."""
     similarities: Tensor
-    """`(B, k)` float32: their cosines, -1..1."""
+    """`(B, k)` float32: cosines with the neighbours, -1..1."""
     labels: Tensor
-    """`(B, k)` int64: their classes."""
+    """`(B, k)` int64: classes of the neighbours."""
 
 
 @dataclass(frozen=True)
 class MemoryBank:
-    """A bank that `MemoryBank.load` has opened."""
+    """A memory bank; `MemoryBank.load` opens one."""
 
     directory: Path
+    """The folder of the bank."""
     features: Tensor
-    """`(M, D)` float16 or float32, rows L2-normalised; mapped from the file, or on the device asked for."""
+    """`(M, D)` float16 or float32, rows L2-normalised; memory-mapped on the CPU."""
     labels: Tensor
-    """`(M,)` int64."""
+    """`(M,)` int64, the class of every row."""
     class_names: list[str] | None
-    """One name a class; None where they are not known."""
+    """One name per class; None if they are unknown."""
     files: list[str] | None
-    """The image of every row, as bank.json lists it; `file` gives its path. None where they are not known."""
+    """The image of every row, as listed in bank.json; None if they are unknown. `file` returns the path."""
     metadata: dict
-    """What bank.json says; empty without one."""
+    """Content of bank.json; empty if there is none."""
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> MemoryBank:
-        """Map the train pair of a bank into memory.
+        """Open the training features and labels of a bank.
 
         Args:
             directory: the folder of the bank.
-            device: where the features go; on the CPU they stay in the file and are read as they are needed.
+            device: the device of the features; on the CPU they are memory-mapped and read when they are needed.
 
         Raises:
-            ValueError: when a file is missing or damaged, holds more than tensors, or features and labels do not fit
-                each other or bank.json.
+            ValueError: if a file is missing or damaged or holds more than tensors, or if features, labels and bank.json
+                do not agree.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -108,22 +112,26 @@ class MemoryBank:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
     def file(self, row: int) -> Path | None:
-        """The image of a row, None where it is not known; it need not be there any more."""
+        """Return the image of a row, which may have been deleted; None if it is unknown."""
         return self.directory / self.metadata["train"].get("folder", "") / self.files[row] if self.files else None
 
     def class_name(self, label: int) -> str:
+        """Return the name of a class, or "class LABEL" if the names are unknown."""
         return self.class_names[label] if self.class_names else f"class {label}"
 
     def check_model(self, name: str, width: int, weights: str) -> None:
-        """Raise a ValueError unless the bank belongs to this model; one without bank.json is known by its width only.
+        """Raise a ValueError unless the bank was built with this model.
+
+        Without bank.json only the width of the features is compared.
 
         Args:
-            name: the model's, as `models.load` gives it.
-            width: of its features, D.
-            weights: `models.weights_sha256`.
+            name: name of the model, `LoadedModel.name`.
+            width: D, width of its features.
+            weights: hash of its weights, `models.weights_sha256`.
         """
         rebuild = f"build one with it: python -m memorybank build --model {name} --train FOLDER --out DIR"
         theirs, file = self.metadata.get("model", name), (self.metadata.get("checkpoint") or {}).get("file")
@@ -138,17 +146,17 @@ class MemoryBank:
 
     @torch.inference_mode()
     def nearest(self, features: Tensor, k: int = 20) -> tuple[Tensor, Tensor]:
-        """The k rows of the bank with the largest cosine, exactly, in one pass over the bank.
+        """Find the k rows of the bank with the largest cosine, exactly, in one pass over the bank.
 
         Args:
-            features: `(B, D)`, or `(D,)` for one; need not be normalised.
-            k: how many.
+            features: `(B, D)`, or `(D,)` for one feature; they need not be normalised.
+            k: number of rows.
 
         Returns:
-            similarities `(B, k)` float32, the largest first, and rows `(B, k)` int64, on the device of the features.
+            Cosines `(B, k)` float32, the largest first, and rows `(B, k)` int64, on the device of the features.
 
         Raises:
-            ValueError: when the width differs, a feature or the bank is not finite, or k is not in 1..M.
+            ValueError: if the width differs, a feature or the bank is not finite, or k is not in 1..M.
         """
         rows, width = self.features.shape
         query = features if features.ndim == 2 else features.unsqueeze(0)
@@ -174,31 +182,30 @@ class MemoryBank:
             best, index = torch.cat([best, top]), torch.cat([index, place + start])
             best, place = best.topk(min(k, len(best)), dim=0)
             index = index.gather(0, place)
-        if not torch.isfinite(best).all():  # NaN is the largest of all to topk
+        if not torch.isfinite(best).all():  # topk treats NaN as the largest value
             raise ValueError(f"bank: {self.directory / 'trainfeat.pth'} has NaN or infinite values; build it again")
         return best.T.to(features.device), index.T.to(features.device)
 
     @torch.inference_mode()
     def classify(self, features: Tensor, k: int = 20, temperature: float = 0.07) -> Vote:
-        """The class of every feature, by the vote of its k nearest neighbours; each has exp(cosine / temperature).
+        """Classify features by the votes of their k nearest neighbours, exp(cosine / temperature) each.
 
         Args:
-            features: `(B, D)`, or `(D,)` for one.
-            k: neighbours that vote.
-            temperature: the smaller, the more the nearest count.
+            features: `(B, D)`, or `(D,)` for one feature.
+            k: number of neighbours that vote.
+            temperature: the lower, the more the nearest neighbours count.
 
         Raises:
-            ValueError: as `nearest`; when the temperature is below `MIN_TEMPERATURE`.
+            ValueError: as in `nearest`; also if the temperature is below `MIN_TEMPERATURE`.
         """
         return self.vote(*self.nearest(features, k), temperature)
 
     def vote(self, similarities: Tensor, neighbours: Tensor, temperature: float = 0.07) -> Vote:
-        """The vote of neighbours that are known: both `(B, k)`, from `nearest`."""
+        """Count the votes of neighbours that `nearest` has found: similarities and rows, both `(B, k)`."""
         if not temperature >= MIN_TEMPERATURE:
             raise ValueError(f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}")
         labels = self.labels[neighbours.to(self.labels.device)].to(neighbours.device)
-        weights = (similarities / temperature).exp()
-        votes = weights.new_zeros(len(weights), self.num_classes).scatter_add_(1, labels, weights)
+        votes = neighbour_votes(similarities, labels, self.num_classes, temperature)
         return Vote(votes.argmax(1), votes, neighbours, similarities, labels)
 
     @torch.inference_mode()
@@ -210,24 +217,22 @@ class MemoryBank:
         target: int | Tensor | None = None,
         target_k: int = 200,
     ) -> Tensor:
-        """How much every dimension of the feature speaks for its class: for `attention_flow(importance=...)`.
+        """Compute the importance of every dimension of a feature, Eqs. 7 and 8, for `attention_flow(importance=...)`.
 
-            p = mean over the neighbours z of class c of f * z     elementwise, f normalised
-            p = p / |sum p|                                        where the sum is not 0
-            importance = (p - min p) / (max p - min p)             ones where p is constant
+        The result is that of `daam_core.neighbour_importance`, for banks that do not fit into memory and for any class.
 
         Args:
-            features: `(B, D)`, or `(D,)` for one.
-            k: neighbours that vote on c; those of class c among them make the importance.
-            temperature: of the vote.
-            target: the class c, named by hand: one for all or `(B,)`; its neighbours are looked for among `target_k`.
-            target_k: how many neighbours to look through for a class named by hand; all of a smaller bank.
+            features: `(B, D)`, or `(D,)` for one feature.
+            k: number of neighbours that vote; the importance comes from those of the winning class.
+            temperature: temperature of the votes.
+            target: another class to explain, one for all images or `(B,)`.
+            target_k: number of neighbours among which those of `target` are searched; all if the bank has fewer.
 
         Returns:
             `(B, D)` float32, 0..1, on the device of the features.
 
         Raises:
-            ValueError: as `classify`; when the class is out of range, or none of the neighbours is of the class named.
+            ValueError: as in `classify`; also if `target` is out of range or no neighbour belongs to it.
         """
         if target is None:
             vote = self.classify(features, k, temperature)
@@ -237,7 +242,7 @@ class MemoryBank:
 
     @torch.inference_mode()
     def importance_of(self, features: Tensor, vote: Vote, classes: int | Tensor) -> Tensor:
-        """`importance`, from neighbours that are known and for the classes that they shall speak for, one or `(B,)`."""
+        """Compute `importance` from the neighbours of a `Vote`, for the given class or classes `(B,)`."""
         chosen = self._classes(classes, len(vote.labels)).to(vote.labels.device)
         mine = vote.labels == chosen.unsqueeze(1)  # (B, k)
         if not mine.any(1).all():
@@ -245,21 +250,13 @@ class MemoryBank:
             counts = Counter(vote.labels[b].tolist())
             most = ", ".join(f"{n} {self.class_name(c)}" for c, n in counts.most_common(3))
             raise ValueError(
-                f"target: none of the {mine.shape[1]} nearest neighbours is of the class "
+                f"target: none of the {mine.shape[1]} nearest neighbours belongs to the class "
                 f"{self.class_name(int(chosen[b]))}; they are {most}{', ...' * (len(counts) > 3)}: "
-                f"name one of them, or look at more neighbours"
+                f"name one of them, or search more neighbours"
             )
         f = F.normalize(features.float().reshape(len(mine), -1), dim=1)
-        p = torch.stack(
-            [
-                row * self.features[n[m].to(self.features.device)].float().mean(0).to(row.device)
-                for row, n, m in zip(f, vote.neighbours, mine)
-            ]
-        )
-        total = p.sum(1, keepdim=True).abs()
-        p = p / torch.where(total > 0, total, 1)
-        low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)
-        return torch.where(high > low, (p - low) / torch.where(high > low, high - low, 1), 1)
+        rows = (n[m].to(self.features.device) for n, m in zip(vote.neighbours, mine))
+        return dimension_importance(f, (self.features[n] for n in rows))  # one image at a time, to save memory
 
     def _classes(self, target: int | Tensor, batch: int) -> Tensor:
         try:
@@ -267,7 +264,7 @@ class MemoryBank:
         except (TypeError, ValueError, RuntimeError):
             classes = torch.empty(0)
         if classes.is_floating_point() or classes.shape not in ((), (batch,)):
-            raise ValueError(f"target: expected a class index or one for each of {batch} features, got {target!r}")
+            raise ValueError(f"target: expected one class index, or {batch}, one per feature, got {target!r}")
         wrong = classes[(classes < 0) | (classes >= self.num_classes)].flatten().tolist()
         if wrong:
             raise ValueError(
@@ -277,10 +274,10 @@ class MemoryBank:
 
 
 def read_pair(directory: str | Path, split: str) -> tuple[Tensor, Tensor]:
-    """Features `(M, D)`, mapped from their file, and labels `(M,)` int64 of "train" or "test".
+    """Return features `(M, D)`, memory-mapped, and labels `(M,)` int64 of a split, "train" or "test".
 
     Raises:
-        ValueError: when a file is missing, damaged or holds more than tensors, or the two do not fit each other.
+        ValueError: if a file is missing or damaged or holds more than tensors, or the two do not fit each other.
     """
     paths = [Path(directory, f"{split}{kind}.pth") for kind in ("feat", "labels")]
     features, labels = map(_read_tensor, paths)
@@ -310,11 +307,11 @@ def _read_tensor(path: Path) -> Tensor:
     try:
         try:
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # saved by torch 1.5 or earlier: no archive, cannot be mapped
+        except RuntimeError:  # files of torch 1.5 or earlier are not archives and cannot be mapped
             tensor = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"bank: {path} is damaged, or holds more than tensors and is not loaded") from error
-    except Exception as error:  # torch and zipfile raise a dozen kinds for a damaged file
+    except Exception as error:  # torch and zipfile raise many kinds of errors for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"bank: {path} cannot be read: {reason}") from error
     if not isinstance(tensor, Tensor):
@@ -335,5 +332,5 @@ def _read_json(path: Path) -> dict:
 
 
 def _is_imagenet(directory: Path, labels: Tensor) -> bool:
-    """A bank that does not name its classes, but has a thousand of them and lies in a folder ...ImageNet..."""
+    """Return whether a bank without class names has 1,000 classes and lies in a folder called ...ImageNet..."""
     return labels.max() == 999 and any("imagenet" in part.lower() for part in directory.absolute().parts)

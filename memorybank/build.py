@@ -1,9 +1,8 @@
-"""Build a memory bank from an image folder, in one process or under `torchrun`, and go on where a build was killed.
+"""Build a memory bank from an image folder, in one process or under `torchrun`, and resume a build that was killed.
 
-The images are cut into batches that depend on nothing but their list, and every batch becomes one file in the folder
-`.building` of the bank, renamed to its name when it is whole. The ranks share the batches that are missing, so that the
-result does not depend on how many ranks there are, nor on how often they were killed. At the end the first rank joins
-the parts and moves the files to their names, `bank.json` last.
+The batches depend on the list of images only. The features of every batch are written atomically to a part, a file in
+the folder `.building` of the bank. The ranks share the missing batches, so the result does not depend on the number of
+ranks or interruptions. At the end the first rank joins the parts and renames the files, `bank.json` last.
 """
 
 from __future__ import annotations
@@ -38,7 +37,9 @@ except ImportError:  # Windows
     fcntl = None
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+"""Data types of the stored features."""
 WORKERS = min(4, os.cpu_count() or 1)
+"""Default number of processes that decode images."""
 
 
 def build(
@@ -51,24 +52,24 @@ def build(
     workers: int = WORKERS,
     strict: bool = False,
 ) -> dict:
-    """Forward every image, L2-normalise its feature and store it (Wu et al. 2018, https://arxiv.org/abs/1805.01978).
+    """Store the L2-normalised feature of every image (Wu et al. 2018, https://arxiv.org/abs/1805.01978).
 
     Args:
-        loaded: from `models.load`, on the device that computes; its feature is what timm calls `pre_logits`.
-        train: an image folder, one sub-folder a class; the names of the classes are those of the folders.
-        out: the folder of the bank; an older bank there is replaced at the end. Under `torchrun` all machines share it.
-        test: another image folder, for the evaluation; its classes are among those of `train`.
-        dtype: "float16" or "float32", of the stored features.
-        batch_size: images a batch; a killed build loses no more than the batches it was working on.
-        workers: processes that decode, for each rank.
-        strict: raise at the first image that cannot be read, instead of leaving it out.
+        loaded: the model, from `models.load`; the feature is timm's `pre_logits`.
+        train: an image folder with one sub-folder per class, named as the class.
+        out: the folder of the bank; an older bank is replaced at the end. Under `torchrun` all machines must share it.
+        test: another image folder, for the evaluation; its classes must be among those of `train`.
+        dtype: data type of the stored features, "float16" or "float32".
+        batch_size: images per batch; a killed build loses only the batches in progress.
+        workers: number of processes that decode images, per rank.
+        strict: raise an error for the first image that cannot be read, instead of skipping it.
 
     Returns:
-        What bank.json says; nothing, `{}`, on all ranks but the first.
+        The content of bank.json on the first rank, `{}` on the others.
 
     Raises:
-        ValueError: when a folder has no images, an image cannot be read and `strict` is set, a feature is not finite,
-            a class of `test` is unknown, `out` holds the parts of another build, or another one is at work there.
+        ValueError: if a folder has no images, an image cannot be read and `strict` is set, a feature is not finite,
+            a class of `test` is unknown, or `out` is in use or holds the parts of another build.
     """
     out = Path(out)
     folders = {"train": Path(train)} | ({"test": Path(test)} if test else {})
@@ -89,7 +90,7 @@ def build(
         "batch_size": batch_size,
     } | {split: _digest(folders[split], files) for split, files in items.items()}
     parts = out / ".building"
-    with _one_of_several() as (rank, ranks), ExitStack() as stack:
+    with _process_group() as (rank, ranks), ExitStack() as stack:
         if rank == 0:
             _begin(parts, plan, stack)
         _barrier()
@@ -100,7 +101,7 @@ def build(
             missing = _broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
             if rank == 0 and 0 < len(missing) < len(batches):
                 done = len(files) - sum(len(batches[n]) for n in missing)
-                tqdm.write(f"{split}: going on after {done} of {len(files)} images", file=sys.stderr)
+                tqdm.write(f"{split}: resuming after {done} of {len(files)} images", file=sys.stderr)
             work = {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
             _extract(loaded, [file for file, _ in files], work, split, dtype, workers, strict)
             _barrier()
@@ -114,11 +115,10 @@ def build(
 
 
 def find_classes(folder: Path, split: str) -> dict[str, list[Path]]:
-    """The images of every class: sub-folders with their own sub-folders, both sorted by name; hidden ones and those
-    without images are left out.
+    """Return the sorted images of every class, recursively; classes without images and hidden folders are skipped.
 
     Raises:
-        ValueError: when the folder does not exist or no sub-folder has an image.
+        ValueError: if the folder does not exist or no sub-folder has an image.
     """
     if not folder.is_dir():
         raise ValueError(f"{split}: there is no folder {folder}")
@@ -135,7 +135,7 @@ def find_classes(folder: Path, split: str) -> dict[str, list[Path]]:
         if files:
             classes[sub.name] = sorted(files)
     if not classes:
-        raise ValueError(f"{split}: {folder} has no images; it should have one sub-folder a class, with its images")
+        raise ValueError(f"{split}: {folder} has no images; it should have one sub-folder per class, with its images")
     return classes
 
 
@@ -145,7 +145,7 @@ def find_classes(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 class _Images(Dataset):
-    """Index -> (index, picture `(3, H, W)`, reason); a picture that cannot be read is black and has a reason."""
+    """Dataset of (index, image `(3, H, W)`, error); an image that cannot be read is black, and its error is set."""
 
     def __init__(self, files: list[Path], transform):
         self.files, self.transform = files, transform
@@ -171,10 +171,10 @@ def _extract(
     workers: int,
     strict: bool,
 ) -> None:
-    """Write the parts of these batches: features, and which images could not be read and why."""
+    """Write the parts of these batches: features, and the images that cannot be read with their errors."""
     device = next(loaded.model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else the thread that pins memory opens the first GPU, too
+        torch.cuda.set_device(device)  # otherwise the thread that pins memory also opens the first GPU
     images, total = _Images(files, loaded.transform), sum(map(len, work.values()))
     loader = DataLoader(
         images, batch_sampler=list(work.values()), num_workers=workers, pin_memory=device.type == "cuda"
@@ -190,7 +190,7 @@ def _extract(
             finite = features.isfinite().all(1).tolist()
             if not all(finite):
                 file = files[index[finite.index(False)]]
-                raise ValueError(f"model: the feature of {file} is not finite; look for NaN in the weights")
+                raise ValueError(f"model: the feature of {file} is not finite; check the weights for NaN")
             with atomic_write(part) as whole:
                 torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, whole)
             bar.update(len(index))
@@ -202,7 +202,7 @@ def _extract(
 
 
 def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
-    """Take the folder of the parts for this process, and write the plan of a new build."""
+    """Lock the folder of the parts, and write the plan if the build is new."""
     parts.mkdir(parents=True, exist_ok=True)
     if fcntl:
         folder = os.open(parts, os.O_RDONLY)
@@ -210,25 +210,25 @@ def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"out: another build is at work in {parts}") from None
+            raise ValueError(f"out: another build is running in {parts}; wait for it, or pass another folder") from None
     if not (parts / "plan.json").is_file():
-        for left in parts.iterdir():  # a build that was killed while it cleaned up
+        for left in parts.iterdir():  # left by a build that was killed during its clean-up
             left.unlink()
         with atomic_write(parts / "plan.json") as part:
             part.write_text(json.dumps(plan), encoding="utf-8")
 
 
 def _check_plan(parts: Path, plan: dict) -> None:
-    """Make sure that this rank has the images and the settings of the build that the parts belong to."""
+    """Raise a ValueError unless this rank has the images and settings of the build that the parts belong to."""
     try:
         theirs = json.loads((parts / "plan.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"out: {parts} is not there; all machines must share the folder of the bank") from None
+        raise ValueError(f"out: there is no folder {parts}; all machines must share the folder of the bank") from None
     different = [key for key in plan | theirs if plan.get(key) != theirs.get(key)]
     if different:
         raise ValueError(
-            f"out: {parts} holds a build that was not finished, of another {', '.join(different)}; "
-            f"delete that folder, or give another one"
+            f"out: {parts} holds an unfinished build with another {', '.join(different)}; "
+            f"delete that folder, or pass another one"
         )
 
 
@@ -237,16 +237,16 @@ def _part(parts: Path, split: str, batch: int) -> Path:
 
 
 def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, strict: bool) -> dict[int, str]:
-    """Parts -> the pair of files of the split, still in the folder of the parts; the images that could not be read."""
+    """Join the parts of a split to two files in the same folder; return the images that cannot be read."""
     unreadable: dict[int, str] = {}
     features, first, kept, with_gaps = torch.empty(0), 0, 0, []
     for n in range(batches):
         path = _part(parts, split, n)
         try:
             part = torch.load(path, weights_only=True)
-        except Exception as error:  # a power cut: the file was renamed, its content not yet on the disk
+        except Exception as error:  # after a power cut a file may be renamed, but empty
             path.unlink(missing_ok=True)
-            raise ValueError(f"out: {path} was damaged and is deleted; run the same command again") from error
+            raise ValueError(f"out: {path} was damaged and has been deleted; run the same command again") from error
         rows = part["features"]
         if part["unreadable"]:
             unreadable |= part["unreadable"]
@@ -257,7 +257,7 @@ def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, 
         features[kept : kept + len(rows)] = rows
         first, kept = first + len(part["features"]), kept + len(rows)
     if unreadable and (strict or not kept):
-        for path in with_gaps:  # to be tried again when somebody has repaired the images
+        for path in with_gaps:  # so that the next build reads these images again
             path.unlink()
         reason = next(iter(unreadable.values()))
         raise ValueError(
@@ -280,7 +280,7 @@ def _finish(
     unreadable: dict[str, dict[int, str]],
     classes: list[str],
 ) -> dict:
-    """Move the pairs to their names and write bank.json."""
+    """Rename the joined files and write bank.json."""
     names = dict(zip(ImageNetInfo().label_names(), ImageNetInfo().label_descriptions()))
     bank = {
         "model": loaded.name,
@@ -301,23 +301,23 @@ def _finish(
             "unreadable": {_relative(files[i][0], folder): reason for i, reason in unreadable[split].items()},
         }
     pairs = [f"{split}{kind}.pth" for split in ("train", "test") for kind in ("feat", "labels")]
-    for name in ("bank.json", *pairs):  # of an older bank: never the features of one beside the labels of another
+    for name in ("bank.json", *pairs):  # never leave features and labels of two banks side by side
         (out / name).unlink(missing_ok=True)
     for name in pairs:
         if (parts / name).is_file():
             os.replace(parts / name, out / name)
     with atomic_write(out / "bank.json") as part:
-        part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII: file names of any kind
-    (parts / "plan.json").unlink()  # first: parts without a plan belong to nobody
+        part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII, for file names in any encoding
+    (parts / "plan.json").unlink()  # first, because parts without a plan are discarded
     shutil.rmtree(parts)
     return bank
 
 
 def _digest(folder: Path, files: list[tuple[Path, int]]) -> str:
-    """Of the names and sizes of the images."""
+    """Return a hash of the names and sizes of the images."""
 
     def size(file: Path) -> int:
-        return file.stat().st_size if file.exists() else -1  # a link to nothing
+        return file.stat().st_size if file.exists() else -1  # a broken link
 
     lines = (f"{_relative(file, folder)} {size(file)}" for file, _ in files)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
@@ -333,11 +333,11 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 @contextmanager
-def _one_of_several() -> Iterator[tuple[int, int]]:
-    """Rank and number of ranks; joins the process group that `torchrun` describes in the environment."""
+def _process_group() -> Iterator[tuple[int, int]]:
+    """Yield rank and number of ranks, within the process group that `torchrun` describes in the environment."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # lists of parts only; a rank may wait for hours
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # only lists are sent; a rank may wait for hours
     try:
         yield _rank()
     finally:
@@ -355,7 +355,7 @@ def _barrier() -> None:
 
 
 def _broadcast(value: list) -> list:
-    """What the first rank has."""
+    """Return the value of the first rank."""
     if dist.is_initialized():
         box = [value]
         dist.broadcast_object_list(box)

@@ -1,9 +1,9 @@
-"""Where models come from: a name, a local checkpoint or an embedded model in; a `LoadedModel` out.
+"""Load a model by its name, from a local checkpoint, or from this repository.
 
-    loaded = load("deit_small_patch16_224")                       # of timm; weights from the hub, or from its cache
-    loaded = load("hf:google/vit-base-patch16-224")               # of transformers; or a folder, hf:PATH
+    loaded = load("deit_small_patch16_224")                       # timm; weights from the hub or its cache
+    loaded = load("hf:google/vit-base-patch16-224")               # transformers; a folder is hf:PATH
     loaded = load("torchvision:vit_b_16")
-    loaded = load("vit_small_patch14_caltech101")                 # embedded: lies in pretrainedmodels/
+    loaded = load("vit_small_patch14_caltech101")                 # embedded, in pretrainedmodels/
     loaded = load("vit_small_patch8_224", checkpoint="dino.pth")  # a local file
     flow = attention_flow(loaded.model, loaded.transform(photo).unsqueeze(0))
 
@@ -44,26 +44,30 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """A model with its weights, its transform and its class names; the result of `load`."""
+
     name: str
-    """As given to `load`; of a folder "hf:" and its name; of a checkpoint that names its architecture the stem."""
+    """The name that was passed to `load`; "hf:" and the folder's name for a folder; the stem of a checkpoint that
+    names its own architecture."""
     model: nn.Module
     """In eval mode, float32."""
     transform: Callable[[Image.Image], Tensor]
-    """RGB picture -> `(3, H, W)` as the model wants it: the whole picture, resized without a crop, so that map and
-    picture align."""
+    """Turns an RGB image into `(3, H, W)`. It resizes the whole image and never crops, so that map and image align."""
     size: tuple[int, int]
-    """`(H, W)` of the model's input in pixels."""
+    """`(H, W)`, input size of the model in pixels."""
     num_classes: int
-    """0 for a model without a classifier."""
+    """Number of classes; 0 without a classifier."""
     class_names: list[str] | None
-    """One name a class, synonyms separated by ", "; None where they are not known."""
+    """One name per class, synonyms separated by ", "; None if they are unknown."""
     checkpoint: Path | None
-    """The file that the weights came from; of sharded ones the index of the parts."""
+    """The file of the weights, or the index of sharded weights; None if there is no file."""
 
     @cached_property
     def provenance(self) -> dict[str, str] | None:
-        """Name and hash of the checkpoint, for manifests (of sharded weights the name of their index, the hash of all
-        parts in its order); None where the weights came from no file."""
+        """Name and hash of the checkpoint, for manifests; None if the weights came from no file.
+
+        Sharded weights have the name of their index and the hash of all parts in the order of the index.
+        """
         if self.checkpoint is None:
             return None
         parts = [self.checkpoint.with_name(part) for part in parts_of(self.checkpoint)] or [self.checkpoint]
@@ -80,7 +84,7 @@ class LoadedModel:
         return width
 
     def features(self, images: Tensor) -> Tensor:
-        """`(B, D)` of images `(B, 3, H, W)`: what a classifier would read, timm's `pre_logits`."""
+        """Return the features `(B, D)` of images `(B, 3, H, W)`: the input of the classifier, timm's `pre_logits`."""
         return daam_core.features(self.model, images)
 
 
@@ -90,42 +94,45 @@ def load(
     """Build a model with its weights, its transform and its class names.
 
     Args:
-        name: a timm name (`timm.list_models`), or that of an embedded model (`pretrainedmodels/<name>.safetensors`);
-            `hf:NAME`, a model of Hugging Face transformers: on the hub (`organisation/model`, with `@revision` where it
-            is not the main one) or in a folder that `save_pretrained` wrote; `torchvision:NAME`
-            (`torchvision.models.list_models`), with `.WEIGHTS` where they are not the default ones. None where the
-            checkpoint names its own architecture in its metadata, as the embedded ones do.
-        checkpoint: a local `.safetensors`, or a file of `torch.save` that holds tensors and a command line at most (it
-            is read with `weights_only=True`); the weights may lie under one of `weights.WRAPPERS` and carry the
-            prefixes `module.`, `_orig_mod.` or `backbone.`. The width of its classifier decides the number of classes.
-            Not for `hf:`, whose folders hold everything.
-        device: where the model goes.
+        name: one of these, or None if the metadata of the checkpoint name its architecture:
+
+            - a timm name (`timm.list_models`)
+            - an embedded model (`pretrainedmodels/<name>.safetensors`)
+            - `hf:NAME`, a Hugging Face transformers model: `organisation/model[@revision]` on the hub, or a folder
+              written by `save_pretrained`
+            - `torchvision:NAME[.WEIGHTS]` (`torchvision.models.list_models`)
+        checkpoint: a local `.safetensors` file, or a `torch.save` file, which is read with `weights_only=True`. The
+            weights may lie under one of `weights.WRAPPERS` and carry the prefixes `module.`, `_orig_mod.` or
+            `backbone.`. The width of the classifier sets the number of classes. Not supported for `hf:` models.
+        device: the device of the model.
 
     Raises:
-        WeightsUnavailable: no checkpoint was given, and the weights are not cached and cannot be fetched; a hub that
-            does not answer is known within 5 seconds.
-        ValueError: for an unknown name, or a checkpoint that is missing, unreadable or does not fit; names the keys.
-            A model never gets random weights in place of missing ones.
+        WeightsUnavailable: if the weights are neither passed nor cached and cannot be downloaded. A hub that does not
+            answer is detected within 5 seconds.
+        ValueError: if the name is unknown, or the checkpoint is missing, cannot be read or does not fit; the error
+            names the keys. Missing weights are never replaced by random ones.
     """
     if name in embedded_names():
         embedded = EMBEDDED / f"{name}.safetensors"
         if checkpoint is not None:
-            raise ValueError(f"model: {name} has its own weights; for a checkpoint name {architecture_of(embedded)}")
+            raise ValueError(
+                f"model: {name} has its own weights; to load a checkpoint, name {architecture_of(embedded)}"
+            )
         name, checkpoint = None, embedded
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    library, _, its_name = (name or "").partition(":")
+    library, _, library_name = (name or "").partition(":")
     if library == "hf":
         if checkpoint is not None:
-            raise ValueError("checkpoint: is not for hf: models, which bring their weights; name their folder, hf:PATH")
-        source = from_transformers(its_name)
+            raise ValueError("checkpoint: hf: models bring their own weights; pass their folder as hf:PATH")
+        source = from_transformers(library_name)
     elif library == "torchvision":
-        source = from_torchvision(its_name, checkpoint)
+        source = from_torchvision(library_name, checkpoint)
     elif checkpoint is not None:
         source = from_checkpoint(name, checkpoint)
     elif name is not None:
         source = from_timm(name)
     else:
-        raise ValueError("model: name one, or give a checkpoint that names its architecture")
+        raise ValueError("model: name one, or pass a checkpoint that names its architecture")
 
     transform = create_transform(
         source.size, interpolation=source.interpolation, mean=source.mean, std=source.std,
@@ -138,7 +145,7 @@ def load(
 
 
 def sha256(*paths: str | Path) -> str:
-    """Of a file, or of several one after the other, in hexadecimal."""
+    """Return the SHA-256 of a file, or of several files joined, in hexadecimal."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -148,7 +155,7 @@ def sha256(*paths: str | Path) -> str:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of the names and values of all weights: the same for the same weights from a file of another format."""
+    """Return the SHA-256 of the names and values of all weights, which does not depend on the file format."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -157,18 +164,23 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def find_class(name: str, class_names: list[str] | None, num_classes: int) -> int:
-    """The index of a class by its name or one of its synonyms; case, "_" and "-" do not matter; a number is an index.
+    """Return the index of a class.
+
+    Args:
+        name: a name or synonym of the class, in which case, "_" and "-" do not matter, or its index.
+        class_names: one name per class, synonyms separated by ", "; None if they are unknown.
+        num_classes: number of classes.
 
     Raises:
-        ValueError: when nothing, or more than one class, has that name, with near names or the indices; when the index
-            is out of range.
+        ValueError: if no class or more than one class has this name; the error lists similar names, or the indices.
+            Also if the index is out of range.
     """
     if re.fullmatch(r"-?[0-9]+", name.strip()):
         if 0 <= int(name) < num_classes:
             return int(name)
         raise ValueError(f"target: class {name} is out of range; there are {num_classes} classes, from 0 on")
     if class_names is None:
-        raise ValueError(f"target: the class names of this model are not known; give the index of {name!r}")
+        raise ValueError(f"target: the class names of this model are not known; pass the index of {name!r}")
 
     def plain(text: str) -> str:
         return " ".join(text.lower().replace("_", " ").replace("-", " ").split())
@@ -181,8 +193,8 @@ def find_class(name: str, class_names: list[str] | None, num_classes: int) -> in
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"target: {name!r} is the name of the classes {', '.join(map(str, found))}; give the index")
+        raise ValueError(f"target: {name!r} is the name of the classes {', '.join(map(str, found))}; pass the index")
     near = difflib.get_close_matches(plain(name), synonyms, n=5, cutoff=0.6)
     near += [s for s in synonyms if set(plain(name).split()) <= set(s.split()) and s not in near]
-    hint = f"near names: {', '.join(near[:5])}" if near else "give an index, or another name"
+    hint = f"near names: {', '.join(near[:5])}" if near else "pass an index, or another name"
     raise ValueError(f"target: no class is called {name!r}; {hint}")

@@ -1,4 +1,4 @@
-"""From a path to pictures: any file that people have becomes an RGB image, or one line that says why it cannot."""
+"""Find image files and read them as RGB, whatever their format; errors are one line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE = 8
-"""Pixels a side below which a picture has nothing to explain."""
+"""Pixels; an image with a shorter side is refused."""
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """The file itself, or the image files of a folder by their extensions, sorted, without those of its sub-folders.
+    """Return `[path]` for a file, or the sorted image files of a folder, without its sub-folders.
 
     Raises:
-        ValueError: when the path does not exist or the folder has no images.
+        ValueError: if the path does not exist or the folder has no images.
     """
     path = Path(path)
     if path.is_dir():
@@ -31,15 +31,18 @@ def find_images(path: str | Path) -> list[Path]:
 
 
 def looks_like_image(name: str) -> bool:
-    """By its extension, one that Pillow opens; hidden files are none."""
+    """Return True for the name of a visible file with an extension that Pillow can open."""
     return name[0] != "." and Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in Image.OPEN
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB: upright (EXIF), transparency on white, 16 bits scaled to 8, the first frame of several.
+    """Read the first frame of an image as RGB.
+
+    The EXIF orientation is applied, transparency becomes white, and 16 bits are scaled to 8.
 
     Raises:
-        ValueError: when the file is missing, empty, damaged, no image, too small or larger than Pillow's limit.
+        ValueError: if the file is missing, empty, damaged or not an image, or the image is smaller than `MIN_SIDE` or
+            larger than Pillow's limit.
     """
     path = Path(path)
     try:
@@ -54,19 +57,19 @@ def read_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError:
         reason = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
         raise ValueError(f"image: {path} {reason}") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for a damaged file
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise ValueError(f"image: {path} {reason}") from None
     if min(image.size) < MIN_SIDE:
         size = f"{image.width} x {image.height}"
-        raise ValueError(f"image: {path} has {size} pixels; the least is {MIN_SIDE} x {MIN_SIDE}")
+        raise ValueError(f"image: {path} has {size} pixels; the minimum is {MIN_SIDE} x {MIN_SIDE}")
     return image
 
 
 def resize_longest_side(
     image: Image.Image, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-    """The picture with a longer side of so many pixels; as Pillow's `contain`, but never 0 pixels narrow."""
+    """Resize an image so that its longer side has `side` pixels; the other has at least 1."""
     scale = side / max(image.size)
     return image.resize([max(1, round(scale * pixels)) for pixels in image.size], resampling)
 
@@ -74,7 +77,7 @@ def resize_longest_side(
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # no fixed range: stretch what is there
+    if image.mode in ("I", "F"):  # these modes have no fixed range, so stretch the values
         values = np.asarray(image, np.float64)
         low, high = values.min(), values.max()
         return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)).convert("RGB")

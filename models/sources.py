@@ -1,4 +1,4 @@
-"""The libraries that models come from: timm, Hugging Face transformers and torchvision; a `Source` out of each."""
+"""Load models from timm, Hugging Face transformers and torchvision; each returns a `Source`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from models.weights import (
 
 @dataclass(frozen=True)
 class Source:
-    """A model with its weights, and what its library says of its input and its classes."""
+    """A model with its weights, and what its library says about its input and its classes."""
 
     name: str
     model: nn.Module
@@ -57,7 +57,7 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    """Pillow's name of it: bilinear, bicubic, ..."""
+    """Pillow's name: bilinear, bicubic, ..."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Source:
 
 
 def from_timm(name: str) -> Source:
-    """With timm's own weights, from its hub or the cache."""
+    """Load a timm model with timm's own weights, from the hub or its cache."""
     config = _timm_config(name)
     if config is None or not config.has_weights:
         raise ValueError(_no_weights(name))
@@ -76,28 +76,28 @@ def from_timm(name: str) -> Source:
     try:
         overlay = {"file": str(file), "custom_load": file.suffix == ".npz"} if file else None
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # whatever the hub, the network, the disk or timm's own loader raise
+    except Exception as error:  # the hub, the network, the disk and timm's loader raise many kinds of errors
         raise WeightsUnavailable(f"model: the weights of {name} could not be loaded: {first_line(error)}") from error
     return _timm_source(name, model, None, file or _timm_file(config))
 
 
 def from_checkpoint(name: str | None, path: Path) -> Source:
-    """A timm architecture with the weights of a file; the file may name the architecture."""
+    """Load a timm architecture with the weights of a file; without a name, the file names the architecture."""
     state, metadata = read_checkpoint(path)
     architecture = name or metadata.get("architecture")
     if architecture is None:
-        raise ValueError(f"model: {path.name} does not say what architecture it is; name one")
+        raise ValueError(f"model: {path.name} does not name its architecture; pass the name of a model")
     classifier = getattr(_timm_config(architecture), "classifier", None) or "head"
     try:
         arguments = json.loads(metadata.get("model_args", "{}"))
         if "num_classes" not in arguments:
-            first = classifier if isinstance(classifier, str) else classifier[0]  # of two: distilled DeiT, CrossViT
+            first = classifier if isinstance(classifier, str) else classifier[0]  # distilled DeiT and CrossViT have two
             weight = state.get(f"{first}.weight")
             arguments["num_classes"] = 0 if weight is None else weight.shape[0]
         model = timm.create_model(architecture, **arguments)
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, model) if convert else state  # other layouts, another position grid
-    except Exception as error:  # the weights, or what their metadata say, are of another architecture
+        state = convert(state, model) if convert else state  # converts other layouts and resizes the position embedding
+    except Exception as error:  # weights or metadata belong to another architecture
         raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {first_line(error)}") from error
     fill(model, state, path, architecture)
     return _timm_source(name or path.stem, model, _named_in(metadata), path)
@@ -115,7 +115,7 @@ def _timm_source(name: str, model: nn.Module, class_names: list[str] | None, che
 
 
 def _timm_file(config) -> Path | None:
-    """The file of these weights in the cache of the hub or of torch.hub, without asking the network."""
+    """Return the cached file of these weights, from the hub or torch.hub, without asking the network."""
     if config.hf_hub_id:
         names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
         return in_hub_cache(config.hf_hub_id, names)
@@ -123,11 +123,11 @@ def _timm_file(config) -> Path | None:
 
 
 def _timm_config(name: str) -> PretrainedCfg | None:
-    """What timm says of the weights of a name `architecture[.tag]`; None where it has none for the architecture.
+    """Return timm's configuration of the weights `architecture[.tag]`; None if the architecture has no weights.
 
     Raises:
-        ValueError: when timm does not know the name, with near ones: of timm, embedded, or with the prefix `hf:` or
-            `torchvision:` that it lacks; when it is an old one, or the tag is none of the architecture's.
+        ValueError: if the name is unknown or deprecated, or the architecture has no such tag. The error suggests
+            similar names, also embedded ones and those that only lack the prefix `hf:` or `torchvision:`.
     """
     if not timm.is_model(name):
         known = [*timm.list_models(), *embedded_names()]
@@ -136,12 +136,12 @@ def _timm_config(name: str) -> PretrainedCfg | None:
         near += [other for other in known if other.startswith(name)]
         near += difflib.get_close_matches(name, known, n=3)
         near = list(dict.fromkeys(near))[:3]
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all"
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
         raise ValueError(f"model: {name!r} is neither a timm name nor an embedded model; {hint}")
-    if not timm.list_models(name.split(".")[0]):  # timm maps it to another, and warns
+    if not timm.list_models(name.split(".")[0]):  # timm would map it to another name, and warn
         near = difflib.get_close_matches(name, timm.list_pretrained(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the present ones"
-        raise ValueError(f"model: {name!r} is an old name of timm's; {hint}")
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the current names"
+        raise ValueError(f"model: {name!r} is a deprecated timm name; {hint}")
     try:
         return get_pretrained_cfg(name)
     except RuntimeError:
@@ -150,7 +150,7 @@ def _timm_config(name: str) -> PretrainedCfg | None:
 
 def _no_weights(name: str) -> str:
     tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-    hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture: give a checkpoint"
+    hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture, so pass a checkpoint"
     return f"model: there are no pretrained weights {name!r}; {hint}"
 
 
@@ -169,22 +169,22 @@ HF_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""In the order in which transformers looks for them."""
+"""Files of weights, in the order in which transformers looks for them."""
 
 
 def from_transformers(name: str) -> Source:
-    """A model as `save_pretrained` writes it: a folder, or `organisation/model[@revision]` on the hub.
+    """Load a transformers model from a folder written by `save_pretrained`, or `organisation/model[@revision]`.
 
-    It becomes the image classifier that its configuration names, otherwise the bare backbone without a pooling layer.
-    All of its weights must be in the checkpoint, and no code of a repository is run. A model that says nothing of its
-    images (no preprocessor_config.json) gets ViT's defaults: the image size of its configuration, mean and std 0.5.
+    The model is the image classifier that its configuration names, or the backbone without a pooling layer. All of its
+    weights must be in the checkpoint, and no code of a repository is run. Without a preprocessor_config.json the model
+    gets the defaults of ViT: the image size of its configuration, mean and std 0.5.
     """
     try:
         import transformers
     except ImportError as error:
         raise ValueError(f'model: hf:{name} needs the package transformers; pip install -e ".[huggingface]"') from error
 
-    folder = Path(os.path.expanduser(name))  # as it is where there is no such user
+    folder = Path(os.path.expanduser(name))  # unchanged if there is no such user
     if name and folder.is_dir():
         name = f"hf:{folder.resolve().name}"
     else:
@@ -195,14 +195,14 @@ def from_transformers(name: str) -> Source:
     try:
         with _quiet(transformers.utils.logging):
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            config._attn_implementation = None  # transformers' choice for this machine, whatever the file says
+            config._attn_implementation = None  # transformers chooses for this machine, not the file
             kind, is_classifier = _class_of(config, transformers)
             options = {"dtype": torch.float32, "weights_only": True, "ignore_mismatched_sizes": True}
             if not is_classifier and "add_pooling_layer" in inspect.signature(kind).parameters:
                 options["add_pooling_layer"] = False
             model, loaded = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
             size, mean, std, interpolation = _image_settings(folder, config, transformers)
-    except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
+    except Exception as error:  # transformers, safetensors and torch raise many kinds of errors
         raise ValueError(f"model: {name} cannot be loaded: {first_line(error)}") from error
     report = key_mismatches(
         {
@@ -220,9 +220,10 @@ def from_transformers(name: str) -> Source:
 
 
 def _hub_folder(name: str) -> Path:
-    """Where the cache of the hub keeps a repository, `organisation/model[@revision]`; fetched where it is not complete.
+    """Return the cached folder of a repository, `organisation/model[@revision]`; download what is missing.
 
-    Whether it has a preprocessor_config.json must be known, too: ViT's mean would be the wrong one for most others.
+    The cache must also know whether the repository has a preprocessor_config.json, because for most models the
+    default mean would be wrong.
     """
     repository, _, revision = name.partition("@")
     unknown = f"model: hf:{name} is neither a folder nor on the hub, where names are like google/vit-base-patch16-224"
@@ -234,31 +235,31 @@ def _hub_folder(name: str) -> Path:
     if config and processor is not None and _weights_in(config.parent):
         return config.parent
 
-    require_server(hub.ENDPOINT, f"hf:{name}", "a folder (there is none of that name): hf:PATH")
+    require_server(hub.ENDPOINT, f"hf:{name}", "a folder as hf:PATH (none has this name)")
     try:
         config = _fetch(repository, revision or None)
     except GatedRepoError as error:
         raise WeightsUnavailable(
-            f"model: hf:{name} is for those who accept its terms; do so on its page, then `hf auth login`"
+            f"model: hf:{name} is gated; accept its terms on its page, then run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(unknown) from error
-    except Exception as error:  # whatever the hub, the network or the disk raise
+    except Exception as error:  # the hub, the network and the disk raise many kinds of errors
         raise WeightsUnavailable(f"model: hf:{name} could not be fetched: {first_line(error)}") from error
     if config is None:
-        raise ValueError(f"model: hf:{name} has no {CONFIG}; it is no model of transformers")
+        raise ValueError(f"model: hf:{name} has no {CONFIG}, so it is not a transformers model; name another")
     return config.parent
 
 
 def _fetch(repository: str, revision: str | None) -> Path | None:
-    """Fetch what a model needs into the cache; the path of its configuration, None where there is none."""
+    """Download what a model needs; return the cached path of its configuration, None if it has none."""
 
     def fetch(file: str) -> Path | None:
         try:
             return Path(hf_hub_download(repository, file, revision=revision, cache_dir=hub.HF_HUB_CACHE))
-        except LocalEntryNotFoundError:  # the network broke down
+        except LocalEntryNotFoundError:  # the network failed
             raise
-        except EntryNotFoundError:  # the cache remembers that, too
+        except EntryNotFoundError:  # the cache remembers this, too
             return None
 
     config = fetch(CONFIG)
@@ -271,25 +272,25 @@ def _fetch(repository: str, revision: str | None) -> Path | None:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    """The weights in a folder, or the index of their parts, all of which must be there."""
+    """Return the weights in a folder, or the index of their parts if all of them exist; else None."""
     files = (folder / name for name in HF_WEIGHTS)
     return next((f for f in files if f.is_file() and all((folder / part).is_file() for part in parts_of(f))), None)
 
 
 def parts_of(weights: Path) -> list[str]:
-    """The files that an index of sharded weights names; none for any other file."""
+    """Return the files that an index of sharded weights lists; `[]` for any other file."""
     if weights.suffix != ".json":
         return []
     try:
         return sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"model: {weights} is no index of weights") from error
+        raise ValueError(f"model: {weights} is not an index of weights; download the model again") from error
 
 
 def _class_of(config, transformers) -> tuple[type, bool]:
-    """The class to load, and whether it is an image classifier."""
+    """Return the class to load, and whether it is an image classifier."""
     if config.model_type == "timm_wrapper":
-        raise ValueError(f"it is a model of timm; name it {config.architecture}")
+        raise ValueError(f"it is a timm model; name it {config.architecture}")
     for architecture in config.architectures or ():
         if "ForImageClassification" in architecture:
             if not hasattr(transformers, architecture):
@@ -297,12 +298,12 @@ def _class_of(config, transformers) -> tuple[type, bool]:
             return getattr(transformers, architecture), True
     backbone = transformers.MODEL_MAPPING.get(type(config), None)
     if backbone is None:
-        raise ValueError(f"transformers {transformers.__version__} has no backbone of the type {config.model_type}")
+        raise ValueError(f"transformers {transformers.__version__} has no backbone of type {config.model_type}")
     return backbone, False
 
 
 def _image_settings(folder: Path, config, transformers) -> tuple:
-    """Size `(H, W)`, mean, std and interpolation of the images that a model was trained on."""
+    """Return size `(H, W)`, mean, std and interpolation of the images that a model was trained on."""
     if (folder / PROCESSOR).is_file():
         settings = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()
     else:
@@ -312,7 +313,7 @@ def _image_settings(folder: Path, config, transformers) -> tuple:
     if isinstance(size, Mapping):
         size = (size["height"], size["width"]) if size.get("height") else size.get("shortest_edge")
     if not size:
-        raise ValueError(f"neither its {PROCESSOR} nor its {CONFIG} knows the size of an image")
+        raise ValueError(f"neither its {PROCESSOR} nor its {CONFIG} says the image size")
     size = (size, size) if isinstance(size, int) else tuple(size)
     normal = settings.get("do_normalize", True)
     mean, std = (settings["image_mean"], settings["image_std"]) if normal else ((0.0,) * 3, (1.0,) * 3)
@@ -322,7 +323,7 @@ def _image_settings(folder: Path, config, transformers) -> tuple:
 
 @contextmanager
 def _quiet(logging) -> Iterator[None]:
-    """Without the reports and the progress bar that transformers shows of every load."""
+    """Silence the reports and the progress bar of transformers."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -340,9 +341,9 @@ def _quiet(logging) -> Iterator[None]:
 
 
 def from_torchvision(name: str, checkpoint: Path | None) -> Source:
-    """`architecture[.WEIGHTS]` with these weights, or torchvision's default ones; or with those of a file.
+    """Load `architecture[.WEIGHTS]` with these weights, torchvision's default weights, or those of a file.
 
-    The transform is always that of the named weights, but for the size, which the model itself decides if it is a ViT.
+    The transform is that of the named weights, except the size, which a ViT itself defines.
     """
     architecture, weights = _torchvision_weights(name)
     metadata: dict[str, str] = {}
@@ -364,12 +365,12 @@ def from_torchvision(name: str, checkpoint: Path | None) -> Source:
 
 
 def _torchvision_weights(name: str) -> tuple[str, torchvision.models.WeightsEnum]:
-    """The architecture and the entry of its weights that `architecture[.WEIGHTS]` names."""
+    """Return the architecture and the weights entry that `architecture[.WEIGHTS]` names."""
     architecture, _, tag = name.partition(".")
     known = torchvision.models.list_models()
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "torchvision.models.list_models() has them all"
+        hint = f"did you mean {', '.join(near)}?" if near else "torchvision.models.list_models() lists all names"
         raise ValueError(f"model: torchvision has no {architecture!r}; {hint}")
     entries = torchvision.models.get_model_weights(architecture).__members__
     if (tag or "DEFAULT") not in entries:
@@ -389,13 +390,13 @@ def _torchvision_pretrained(
         require_server(weights.url, name)
     try:
         model = torchvision.models.get_model(architecture, weights=weights)
-    except Exception as error:  # whatever the network, the disk or torchvision's own loader raise
+    except Exception as error:  # the network, the disk and torchvision's loader raise many kinds of errors
         raise WeightsUnavailable(f"model: the weights of {name} could not be loaded: {first_line(error)}") from error
     return model, in_torch_cache(weights.url)
 
 
 def _torchvision_for(state: dict[str, Tensor], architecture: str, path: Path) -> nn.Module:
-    """The architecture with the number of classes and the image size of these weights."""
+    """Build the architecture with the number of classes and the image size of these weights."""
     arguments = {}
     try:
         if "heads.head.weight" in state:
@@ -404,5 +405,5 @@ def _torchvision_for(state: dict[str, Tensor], architecture: str, path: Path) ->
             patches = state["encoder.pos_embedding"].shape[1] - 1
             arguments["image_size"] = state["conv_proj.weight"].shape[-1] * math.isqrt(patches)
         return torchvision.models.get_model(architecture, **arguments)
-    except Exception as error:  # the weights are of another architecture
+    except Exception as error:  # the weights belong to another architecture
         raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {first_line(error)}") from error

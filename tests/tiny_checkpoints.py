@@ -1,9 +1,20 @@
-"""Files of weights for the tests, as other people's code leaves them."""
+"""Files of weights for the tests, as other people's code leaves them, and the errors of `load`."""
 
 import re
 
+import pytest
 import safetensors.torch
 import torch
+
+from models import load
+
+TINY = "test_vit"
+"""The smallest ViT of timm: 160 px, 6 blocks, 307,000 weights."""
+
+
+def same_weights(model, state):
+    """Return whether a model holds exactly the weights of a state dict."""
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def fake_cache(root, repository, state):
@@ -28,3 +39,11 @@ def by_facebook(state):
             name = name.replace(".q.", ".qkv.")
         theirs[name.replace("pos_embed.", "pos_embeder.")] = value
     return theirs
+
+
+def refused(name, message, checkpoint=None):
+    """Return the error of `load`, which is one line about the model or the checkpoint."""
+    with pytest.raises(ValueError, match=message) as error:
+        load(name, checkpoint)
+    assert str(error.value).startswith(("model: ", "checkpoint: ")) and "\n" not in str(error.value)
+    return error.value

@@ -1,4 +1,4 @@
-"""`load("hf:...")` and `load("torchvision:...")`: from folders, caches and servers that the tests make themselves."""
+"""`load("hf:...")`: folders, caches and servers that the tests make themselves."""
 
 import hashlib
 import http.server
@@ -9,26 +9,24 @@ import shutil
 import sys
 import threading
 from functools import partial
-from typing import Optional
 
 import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torchvision.models
 import transformers
 from huggingface_hub import constants as hub
 from PIL import Image
-from torchvision.models import VisionTransformer, Weights, WeightsEnum
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms._presets import ImageClassification
+from tiny_checkpoints import refused
 
 import models
 from models import WeightsUnavailable, load
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
          "image_size": 32, "patch_size": 8}  # fmt: skip
+
+
 NAMES = {0: "tench, Tinca tinca", 1: "tabby", 2: "cup"}
 CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
@@ -50,14 +48,6 @@ def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def refused(name, message, checkpoint=None):
-    """The error of `load`: one line, about the model."""
-    with pytest.raises(ValueError, match=message) as error:
-        load(name, checkpoint)
-    assert str(error.value).startswith(("model: ", "checkpoint: ")) and "\n" not in str(error.value)
-    return error.value
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -65,7 +55,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
 
 
-# transformers: a folder -----------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +154,7 @@ def test_parts_of_the_weights(tmp_path):
     parts[0].unlink()
     refused(f"hf:{tmp_path}", "has no model.safetensors or pytorch_model.bin, or not all of its parts")
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    refused(f"hf:{tmp_path}", "index.json is no index of weights")
+    refused(f"hf:{tmp_path}", "index.json is not an index of weights")
 
 
 def test_weights_that_torch_saved(tmp_path):
@@ -222,7 +212,7 @@ def without(*keys):
             lambda folder: (folder / "config.json").write_text(
                 '{"architecture": "vit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": {}}'
             ),
-            "it is a model of timm; name it vit_tiny_patch16_224",
+            "it is a timm model; name it vit_tiny_patch16_224",
         ),
         (lambda folder: edit(folder / "config.json", model_type="nothing"), "cannot be loaded: "),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded: "),
@@ -241,7 +231,7 @@ def test_a_folder_that_is_not_whole(tmp_path, change, message):
 def test_a_model_that_takes_no_images(tmp_path):
     own = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     transformers.BertModel(transformers.BertConfig(**own), add_pooling_layer=False).save_pretrained(tmp_path)
-    refused(f"hf:{tmp_path}", "knows the size of an image")
+    refused(f"hf:{tmp_path}", "says the image size")
 
 
 def test_transformers_is_not_installed(monkeypatch):
@@ -250,10 +240,10 @@ def test_transformers_is_not_installed(monkeypatch):
 
 
 def test_a_checkpoint_beside_a_folder(tmp_path):
-    refused(f"hf:{tmp_path}", "^checkpoint: is not for hf: models, .* name their folder, hf:PATH$", tmp_path / "w.pth")
+    refused(f"hf:{tmp_path}", "^checkpoint: hf: models bring .*; pass their folder as hf:PATH$", tmp_path / "w.pth")
 
 
-# transformers: images -------------------------------------------------------------------------------------------------
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_transform_does_what_the_image_processor_does(tmp_path):
@@ -309,7 +299,7 @@ def test_the_whole_picture_in_the_size_of_the_crop(tmp_path, settings, size, mea
     assert (tensor[0, 0] > (0.5 - mean) / std).sum() == size // 2  # nothing was cropped
 
 
-# transformers: the hub ------------------------------------------------------------------------------------------------
+# The hub --------------------------------------------------------------------------------------------------------------
 
 
 def cached(folder, tmp_path, repository="some/vit", revision="main", commit="0" * 40):
@@ -417,133 +407,5 @@ def test_what_is_not_cached_is_fetched_once(tmp_path, monkeypatch, server, weigh
 def test_what_the_hub_does_not_have(tmp_path, server):
     (tmp_path / "site").mkdir()
     refused("hf:no/model", "is neither a folder nor on the hub")
-    refused("hf:some/vit", "hf:some/vit has no config.json; it is no model of transformers")
-    assert isinstance(refused("hf:some/gated", "is for those who accept its terms"), WeightsUnavailable)
-
-
-# torchvision ----------------------------------------------------------------------------------------------------------
-
-
-class TinyWeights(WeightsEnum):
-    FIRST = Weights(
-        url=f"{CLOSED}/tiny-01234567.pth",
-        transforms=partial(ImageClassification, crop_size=32, resize_size=40),
-        meta={"categories": ["tench", "tabby", "cup"]},
-    )
-    SECOND = Weights(
-        url=f"{CLOSED}/tiny_large-01234567.pth",
-        transforms=partial(ImageClassification, crop_size=48, mean=(0.5,) * 3, std=(0.5,) * 3,
-                           interpolation=InterpolationMode.BICUBIC),
-        meta={"categories": ["tench", "tabby", "cup"]},
-    )  # fmt: skip
-    DEFAULT = FIRST
-
-
-def tiny_vit(*, weights: Optional[TinyWeights] = None, progress: bool = True, image_size=32, num_classes=3):  # noqa: UP045
-    """What torchvision's own builders do."""
-    if weights is not None:
-        image_size, num_classes = weights.transforms().crop_size[0], len(weights.meta["categories"])
-    model = VisionTransformer(image_size, 8, 2, 2, 24, 48, num_classes=num_classes)
-    torch.nn.init.normal_(model.heads.head.weight)  # zeros otherwise
-    if weights is not None:
-        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
-    return model
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """torchvision knows it as `tiny_vit`; the weights of both entries lie in the cache of torch.hub."""
-    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "tiny_vit", tiny_vit)
-    (tmp_path / "torch" / "checkpoints").mkdir(parents=True)
-    torch.manual_seed(0)
-    made = {}
-    for entry, size in ((TinyWeights.FIRST, 32), (TinyWeights.SECOND, 48)):
-        made[entry.name] = tiny_vit(image_size=size).eval()
-        torch.save(made[entry.name].state_dict(), tmp_path / "torch" / "checkpoints" / entry.url.rsplit("/")[-1])
-    return made
-
-
-@pytest.mark.parametrize(
-    ("name", "entry", "size", "mean", "blend"),
-    [("tiny_vit", "FIRST", 32, 0.485, "bilinear"), ("tiny_vit.SECOND", "SECOND", 48, 0.5, "bicubic")],
-)
-def test_torchvision(tiny, tmp_path, monkeypatch, name, entry, size, mean, blend):
-    monkeypatch.setattr(models.sources, "require_server", lambda *_: pytest.fail("the network was asked"))
-    loaded = load(f"torchvision:{name}")
-    images = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        assert torch.equal(loaded.model(images), tiny[entry](images))
-        torch.testing.assert_close(loaded.model.heads(loaded.features(images)), tiny[entry](images))
-    assert loaded.name == f"torchvision:{name}" and not loaded.model.training
-    assert loaded.num_classes == 3 and loaded.class_names == ["tench", "tabby", "cup"]
-    assert loaded.checkpoint == tmp_path / "torch" / "checkpoints" / TinyWeights[entry].url.rsplit("/")[-1]
-    picture = Image.new("RGB", (300, 100))
-    picture.paste((255, 255, 255), (150, 0, 300, 100))
-    tensor = loaded.transform(picture)
-    assert tensor.shape == (3, *loaded.size) == (3, size, size)
-    std = TinyWeights[entry].transforms().std[0]
-    torch.testing.assert_close(tensor[0, :, -1], torch.full((size,), (1 - mean) / std))
-    assert (tensor[0, 0] > (0.5 - mean) / std).sum() == size // 2
-    assert blend in str(loaded.transform)
-
-
-def test_torchvision_without_cache_and_network(tiny, tmp_path):
-    shutil.rmtree(tmp_path / "torch")
-    error = refused("torchvision:tiny_vit", "the weights of torchvision:tiny_vit are not cached and http.* reached")
-    assert isinstance(error, WeightsUnavailable)
-
-
-def test_torchvision_with_a_damaged_cache(tiny, tmp_path):
-    for file in (tmp_path / "torch" / "checkpoints").iterdir():
-        file.write_bytes(b"not weights")
-    error = refused("torchvision:tiny_vit", "the weights of torchvision:tiny_vit could not be loaded: ")
-    assert isinstance(error, WeightsUnavailable)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("vit_b_61", "torchvision has no 'vit_b_61'; did you mean vit_b_16"),
-        ("", "torchvision has no ''; torchvision.models.list_models"),
-        (
-            "vit_b_16.SWAG",
-            "torchvision's vit_b_16 has no weights 'SWAG'; "
-            "it has IMAGENET1K_V1, IMAGENET1K_SWAG_E2E_V1, IMAGENET1K_SWAG_LINEAR_V1$",
-        ),
-        ("fasterrcnn_resnet50_fpn", "does not classify images"),
-    ],
-)
-def test_torchvision_names(name, message):
-    refused(f"torchvision:{name}", message)
-
-
-@pytest.mark.parametrize("classes", [3, 5])
-def test_a_checkpoint_decides_the_classes_and_the_size(tiny, tmp_path, classes):
-    model = tiny_vit(image_size=40, num_classes=classes).eval()
-    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "mine.pth")
-    shutil.rmtree(tmp_path / "torch")
-    loaded = load("torchvision:tiny_vit.SECOND", tmp_path / "mine.pth")
-    images = torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(loaded.model(images), model(images))
-    assert loaded.num_classes == classes and loaded.size == (40, 40)
-    assert loaded.class_names == (["tench", "tabby", "cup"] if classes == 3 else None)
-    assert loaded.checkpoint == tmp_path / "mine.pth"
-    torch.testing.assert_close(loaded.transform(Image.new("RGB", (9, 9), "white")), torch.ones(3, 40, 40))
-
-
-def test_a_checkpoint_that_does_not_fit_torchvision(tiny, tmp_path):
-    state = dict(tiny["FIRST"].state_dict())
-    del state["encoder.ln.bias"]
-    torch.save(state | {"stranger": torch.zeros(1)}, tmp_path / "w.pth")
-    refused(
-        "torchvision:tiny_vit",
-        r"^checkpoint: w.pth does not fit tiny_vit: 1 keys missing \(encoder.ln.bias\); 1 keys unknown \(stranger\)$",
-        tmp_path / "w.pth",
-    )
-    refused("torchvision:squeezenet1_0", "^checkpoint: w.pth does not fit squeezenet1_0: ", tmp_path / "w.pth")
-
-
-def test_a_name_without_its_prefix_gets_it_suggested():
-    refused("vit_b_16", "did you mean torchvision:vit_b_16")
-    refused("google/vit-base-patch16-224", "did you mean hf:google/vit-base-patch16-224")
+    refused("hf:some/vit", "hf:some/vit has no config.json, so it is not a transformers model")
+    assert isinstance(refused("hf:some/gated", "is gated; accept its terms"), WeightsUnavailable)
