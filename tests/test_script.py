@@ -1,4 +1,4 @@
-"""The supervised script from end to end, as a subprocess, without network."""
+"""The supervised script from end to end, without network: as a subprocess, and in this process."""
 
 import gc
 import hashlib
@@ -22,6 +22,7 @@ import torch
 import torchvision
 import transformers
 from PIL import Image
+from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
 from tiny_checkpoints import fake_cache
 from tiny_models import build, tiny_timm
 
@@ -32,7 +33,6 @@ from daam_core import attention_flow, block_labels, overlay, render, side_by_sid
 from models import load
 from models.images import read_image
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
 EMBEDDED = "vit_small_patch14_caltech101"
 TINY = "vit_tiny_patch16_224"
@@ -40,9 +40,13 @@ TINY = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """An environment whose hub refuses every connection and whose cache is empty."""
-    home = tmp_path_factory.mktemp("hub")
-    return os.environ | {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return offline_environment(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def explain(capfd):
+    """Call the script in this process, with these options."""
+    return partial(call, script.main, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +58,9 @@ def weights(tmp_path_factory):
     return file
 
 
-def run(*options, env, **more):
-    command = [sys.executable, SCRIPT, *map(str, options)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **more)
-
-
-def one_line_error(result, *texts):
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert len(lines) == 1, result.stderr
-    assert all(text in lines[0] for text in texts), lines[0]
-
-
-def no_leftovers(folder):
-    return not [path for path in Path(folder).rglob("*") if path.name.endswith(".part")]
-
-
-def test_default_run_without_network(offline, tmp_path):
+def test_default_run_without_network(offline, explain, tmp_path):
     """Falls back to the embedded model, finds the cup, writes everything, and the same bytes again."""
-    result = run("--output-dir", tmp_path / "a", env=offline, cwd=tmp_path)
+    result = run(SCRIPT, "--output-dir", tmp_path / "a", env=offline, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     notes = [line for line in result.stderr.splitlines() if "embedded" in line]
     reason = "the weights of deit_small_patch16_224 are not cached and http://127.0.0.1:9 cannot be reached"
@@ -105,14 +92,14 @@ def test_default_run_without_network(offline, tmp_path):
     assert (flow["image"]["width"], flow["image"]["height"]) == photo.size
     assert flow["versions"]["timm"] == timm.__version__
 
-    assert run("--output-dir", tmp_path / "b", "--model", EMBEDDED, env=offline).returncode == 0
+    assert explain("--output-dir", tmp_path / "b", "--model", EMBEDDED).returncode == 0
     again = tmp_path / "b" / EMBEDDED / "coffee-cup"
     for name in ("maps.npz", "flow.gif", "sheet.png", "evolution.png"):
         assert (folder / name).read_bytes() == (again / name).read_bytes(), name
 
 
 def test_a_model_that_was_named_is_not_replaced(offline, tmp_path):
-    result = run("--model", "deit_small_patch16_224", "--output-dir", tmp_path, env=offline)
+    result = run(SCRIPT, "--model", "deit_small_patch16_224", "--output-dir", tmp_path, env=offline)
     one_line_error(result, "model: the weights of deit_small_patch16_224", "cannot be reached", EMBEDDED)
     assert not list(tmp_path.iterdir())
 
@@ -122,8 +109,8 @@ def test_cached_default_weights_and_an_imagenet_name(offline, tmp_path):
     state = timm.create_model("deit_small_patch16_224").state_dict()
     home = tmp_path / "home"
     file = fake_cache(home, "timm/deit_small_patch16_224.fb_in1k", state)
-    result = run("--target", "Tabby", "--size", "model", "--norm", "--duration", 100, "--output-dir", tmp_path / "out",
-                 env=offline | {"HF_HUB_CACHE": str(home)})  # fmt: skip
+    options = ("--target", "Tabby", "--size", "model", "--norm", "--duration", 100, "--output-dir", tmp_path / "out")
+    result = run(SCRIPT, *options, env=offline | {"HF_HUB_CACHE": str(home)})
     assert result.returncode == 0 and "embedded" not in result.stderr, result.stderr
     folder = tmp_path / "out" / "deit_small_patch16_224" / "coffee-tabby"
     flow = json.loads((folder / "flow.json").read_text())
@@ -138,7 +125,7 @@ def test_cached_default_weights_and_an_imagenet_name(offline, tmp_path):
         assert gif.size == (224, 224) and gif.info["duration"] == 100
 
 
-def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
+def test_a_folder_of_every_kind_of_file(explain, weights, tmp_path):
     """Good ones are explained, bad ones get a line each; the exit code tells."""
     photo = Image.open(ROOT / ".img" / "coffee.png").resize((60, 40))
     photos = tmp_path / "photos"
@@ -166,8 +153,8 @@ def test_a_folder_of_every_kind_of_file(offline, weights, tmp_path):
     (photos / "notes.txt").write_text("is left out")
 
     out = tmp_path / "out"
-    result = run("--image", photos, tmp_path / "gone.jpg", "--checkpoint", weights, "--target", 2, "--output-dir", out,
-                 env=offline)  # fmt: skip
+    options = ("--checkpoint", weights, "--target", 2, "--output-dir", out)
+    result = explain("--image", photos, tmp_path / "gone.jpg", *options)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: image: ")]
     assert len(errors) == 6 and all(any(name in line for line in errors) for name in bad | {"gone.jpg"}), errors
@@ -184,8 +171,8 @@ def test_pictures_and_names_out_of_the_ordinary(offline, weights, tmp_path):
     files = [tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "strip.png"]
     photo.save(files[0])
     photo.resize((8, 3000)).save(files[1])
-    result = run("--image", *files, "n" * 300, "--checkpoint", weights, "--size", 64, "--target", 0, "--output-dir",
-                 "out", env=offline | {"PYTHONUTF8": "1"}, cwd=tmp_path)  # fmt: skip
+    options = ("--checkpoint", weights, "--size", 64, "--target", 0, "--output-dir", "out")
+    result = run(SCRIPT, "--image", *files, "n" * 300, *options, env=offline | {"PYTHONUTF8": "1"}, cwd=tmp_path)
     one_line_error(result, "File name too long")
     for file, size in zip(files, [(64, 43), (1, 64)]):
         (flow,) = (tmp_path / "out" / "tiny").glob(f"{file.stem[:3]}*/flow.json")
@@ -221,7 +208,8 @@ def test_pictures_and_names_out_of_the_ordinary(offline, weights, tmp_path):
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )  # fmt: skip
-def test_bad_options(offline, weights, tmp_path, options, texts):
+def test_bad_options(explain, weights, tmp_path, options, texts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     if "swin.pth" in options:
         torch.save(timm.create_model(options[1]).state_dict(), tmp_path / "swin.pth")
@@ -229,16 +217,40 @@ def test_bad_options(offline, weights, tmp_path, options, texts):
         torch.save(timm.create_model(TINY, num_classes=0).state_dict(), tmp_path / "headless.pth")
     if "--checkpoint" not in options:
         options = [*options, "--checkpoint", weights]
-    one_line_error(run(*options, "--output-dir", "out", env=offline, cwd=tmp_path), *texts)
+    one_line_error(explain(*options, "--output-dir", "out"), *texts)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("constant", ["DTYPE", "MEMORY", "ROWS"])
-def test_constants_are_checked_as_the_options_are(constant, monkeypatch, capsys):
-    monkeypatch.setattr(script, constant, "much")
-    with pytest.raises(SystemExit) as caught:
-        script.main([])
-    assert caught.value.code == 2 and f"--{constant.lower()}: expected " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("constant", "value", "text"),
+    [
+        ("IMAGE", "gone.jpg", "image: there is no file gone.jpg"),
+        ("MODEL", "deit_smal", "model: 'deit_smal' is neither a timm name nor an embedded model"),
+        ("CHECKPOINT", "gone.pth", "checkpoint: there is no file gone.pth"),
+        ("TARGET", ["cup", "cpu"], "target: no class is called 'cpu'"),
+        ("OUTPUT_DIR", "taken", "Not a directory"),
+    ],
+)
+def test_constants_are_checked_as_the_options_are(constant, value, text, explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("a file")
+    monkeypatch.setattr(script, "MODEL", TINY if constant == "CHECKPOINT" else EMBEDDED)
+    monkeypatch.setattr(script, constant, value)
+    one_line_error(explain(), text)
+
+
+def test_defaults_of_the_options():
+    constants = ("image", "model", "checkpoint", "target", "output_dir")
+    options = vars(script.parse_options([]))
+    assert {name: value for name, value in options.items() if name not in constants} == {
+        "device": "auto", "dtype": "float32", "memory": "auto", "batch": 16, "norm": False, "rows": "class",
+        "variant": "paper", "size": "image", "duration": 400,
+    }  # fmt: skip
+
+
+def test_errors_end_the_process_with_code_2(offline, tmp_path):
+    for options, text in ((["--image", "gone.jpg"], "there is no file"), (["--batch", "0"], "expected 1 to 4096")):
+        one_line_error(run(SCRIPT, *options, env=offline, cwd=tmp_path), text)
 
 
 def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
@@ -263,21 +275,21 @@ def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
         assert len([p for p in folder.rglob("*") if p.is_file()]) == 17
 
 
-def test_full_disk_leaves_the_old_results(offline, weights, tmp_path):
+def test_full_disk_leaves_the_old_results(offline, explain, weights, tmp_path):
     """A limit on the size of files stands for the disk: writing the first large file fails."""
     options = ["--checkpoint", weights, "--target", "dog", "--output-dir", tmp_path / "out"]
-    assert run(*options, env=offline).returncode == 0
+    assert explain(*options).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    result = run(*options, "--norm", env=offline,
+    result = run(SCRIPT, *options, "--norm", env=offline,
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))  # fmt: skip
     one_line_error(result, "File too large")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
-def test_the_numbers_of_the_evolution(offline, tmp_path):
+def test_the_numbers_of_the_evolution(explain, tmp_path):
     """Against the model's own norm and head behind every block, and against the other numbers of flow.json."""
     photo = ROOT / ".img" / "motorcycle_left.png"
-    result = run("--model", EMBEDDED, "--image", photo, "--output-dir", tmp_path, env=offline)
+    result = explain("--model", EMBEDDED, "--image", photo, "--output-dir", tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     folder = tmp_path / EMBEDDED / "motorcycle_left-Motorbikes"
     flow, maps = json.loads((folder / "flow.json").read_text()), np.load(folder / "maps.npz")
@@ -313,11 +325,11 @@ def test_the_numbers_of_the_evolution(offline, tmp_path):
         assert picture.width >= 1500 and picture.height >= 600 and len(picture.getcolors(1 << 24)) > 1000
 
 
-def test_without_readings_there_is_a_line_and_no_picture(offline, tmp_path):
+def test_without_readings_there_is_a_line_and_no_picture(explain, tmp_path):
     name = "pit_ti_224"
     weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
     options = ("--model", name, "--checkpoint", weights, "--target", 2, "--size", 64, "--output-dir", tmp_path)
-    result = run(*options, env=offline)
+    result = explain(*options)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = [line for line in result.stdout.splitlines() if "evolution.png" in line]
     assert len(lines) == 1 and lines[0].startswith("  no evolution.png: PoolingVisionTransformer has blocks of several")
@@ -331,8 +343,8 @@ def test_without_readings_there_is_a_line_and_no_picture(offline, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_classes_side_by_side(offline, tmp_path):
-    result = run("--model", EMBEDDED, "--target", "ewer", "cup", "--size", 96, "--output-dir", tmp_path, env=offline)
+def test_several_classes_side_by_side(explain, tmp_path):
+    result = explain("--model", EMBEDDED, "--target", "ewer", "cup", "--size", 96, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "  explained: 39 ewer, 30 cup (class token, 12 blocks) -> " in result.stdout
     folder = tmp_path / EMBEDDED / "coffee-ewer-cup"
@@ -377,10 +389,10 @@ def test_several_classes_side_by_side(offline, tmp_path):
     assert [c["probability"] for c in flow["targets"]] == pytest.approx(scores.softmax(0)[[39, 30]].tolist())
 
 
-def test_the_most_probable_classes_of_every_photo(offline, tmp_path):
+def test_the_most_probable_classes_of_every_photo(explain, tmp_path):
     photos = [ROOT / ".img" / name for name in ("coffee.png", "flower.jpg")]
     options = ("--model", EMBEDDED, "--size", 64, "--output-dir", tmp_path)
-    result = run("--image", *photos, "--target", "top3", *options, env=offline)
+    result = explain("--image", *photos, "--target", "top3", *options)
     assert result.returncode == 0, result.stderr
     explained = []
     for photo in photos:
@@ -433,12 +445,12 @@ def photos(tmp_path):
     return folder
 
 
-def test_batches_give_what_single_photos_give(offline, weights, photos, tmp_path):
+def test_batches_give_what_single_photos_give(explain, weights, photos, tmp_path):
     made = {}
     for batch in (1, 4):
         out = tmp_path / f"by_{batch}"
         options = ("--checkpoint", weights, "--target", "cat", "dog", "--batch", batch, "--output-dir", out)
-        result = run("--image", photos, *options, env=offline)
+        result = explain("--image", photos, *options)
         one_line_error(result, "image: ", "damaged.png")
         assert "6/6" in result.stderr
         made[batch] = {p.parent.name: np.load(p) for p in (out / "tiny").rglob("maps.npz")}
@@ -524,9 +536,9 @@ def test_errors_of_the_script_itself_are_not_hidden(weights, photos, monkeypatch
 
 
 @pytest.mark.parametrize("dtype, target", [("bfloat16", "top2"), ("float16", "cup")])
-def test_half_precision_stays_close(dtype, target, offline, tmp_path):
+def test_half_precision_stays_close(dtype, target, explain, tmp_path):
     options = ("--dtype", dtype, "--target", target, "--size", 64, "--output-dir", tmp_path)
-    result = run("--model", EMBEDDED, *options, env=offline)
+    result = explain("--model", EMBEDDED, *options)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     file = next(tmp_path.rglob("maps.npz"))
     maps, flow = np.load(file), json.loads(file.with_name("flow.json").read_text())
@@ -561,9 +573,9 @@ def saved(name, file, **options):
         ("deit_tiny_distilled_patch16_224", "class and distillation token, 12 blocks", (12, 14, 14)),
     ],
 )
-def test_other_families(name, decomposed, maps, offline, tmp_path):
+def test_other_families(name, decomposed, maps, explain, tmp_path):
     weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
-    result = run("--model", name, "--checkpoint", weights, "--target", 2, "--output-dir", tmp_path / "out", env=offline)
+    result = explain("--model", name, "--checkpoint", weights, "--target", 2, "--output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert f"explained: 2 class 2 ({decomposed}) -> " in result.stdout
     folder = tmp_path / "out" / name / "coffee-class_2"
@@ -577,14 +589,14 @@ def test_other_families(name, decomposed, maps, offline, tmp_path):
         assert gif.n_frames == maps[0]
 
 
-def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
+def test_mean_of_the_patches_needs_to_be_asked_for(explain, tmp_path):
     weights = saved("vit_tiny_patch16_224", tmp_path / "weights.safetensors", num_classes=4, global_pool="avg")
     metadata = {"architecture": TINY, "model_args": json.dumps({"num_classes": 4, "global_pool": "avg"})}
     safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, metadata)
     options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
-    result = run(*options, env=offline)
+    result = explain(*options)
     one_line_error(result, "scores the mean patch token", "global_pool='token'", "--rows patches")
-    result = run(*options, "--rows", "patches", env=offline)
+    result = explain(*options, "--rows", "patches")
     assert result.returncode == 0, result.stderr
     assert "(all tokens, rows='patches', 12 blocks)" in result.stdout
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
@@ -596,10 +608,10 @@ def test_mean_of_the_patches_needs_to_be_asked_for(offline, tmp_path):
     assert last == pytest.approx(flow["target"]["probability"], abs=1e-4)
 
 
-def test_variant(weights, offline, tmp_path):
+def test_variant(weights, explain, tmp_path):
     options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
     for variant in (["--variant", "heads"], []):
-        result = run(*options, *variant, env=offline)
+        result = explain(*options, *variant)
         assert result.returncode == 0, result.stderr
     heads, paper = (tmp_path / "out" / "tiny" / f"coffee-dog{suffix}" for suffix in ("-heads", ""))
     told = [json.loads((folder / "flow.json").read_text()) for folder in (heads, paper)]
@@ -609,41 +621,44 @@ def test_variant(weights, offline, tmp_path):
     maps = [np.load(folder / "maps.npz")["accumulated"] for folder in (heads, paper)]
     assert not np.allclose(*maps, rtol=0.01)
     one_line_error(
-        run(*options, "--variant", "relu", env=offline), "--variant: expected paper, signed or heads, got 'relu'"
+        explain(*options, "--variant", "relu"), "--variant: expected paper, signed or heads, got 'relu'"
     )
 
 
-def test_rows_that_a_family_has_not(offline, tmp_path):
+def test_rows_that_a_family_has_not(explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     weights = saved("cait_xxs24_224", tmp_path / "weights.safetensors", num_classes=4)
     options = ("--model", "cait_xxs24_224", "--checkpoint", weights, "--rows", "patches")
-    one_line_error(run(*options, env=offline, cwd=tmp_path), "rows: 'patches' is not defined for Cait")
+    one_line_error(explain(*options), "rows: 'patches' is not defined for Cait")
 
 
-def test_transformers_model_from_a_folder(offline, tmp_path):
+def test_transformers_model_from_a_folder(offline, explain, tmp_path, monkeypatch):
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
         id2label={0: "cat", 1: "dog", 2: "cup"},
     )  # fmt: skip
     model = build(transformers.ViTForImageClassification, config)
     model.save_pretrained(tmp_path / "mine")
-    result = run("--model", f"hf:{tmp_path / 'mine'}", "--target", "dog", env=offline, cwd=tmp_path)
+    result = run(SCRIPT, "--model", f"hf:{tmp_path / 'mine'}", "--target", "dog", env=offline, cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     folder = tmp_path / "results" / "hf_mine" / "coffee-dog"
     flow = json.loads((folder / "flow.json").read_text())
     assert flow["model"] == "hf:mine" and flow["target"]["index"] == 1 and flow["grid"] == [4, 4]
     weights = tmp_path / "mine" / "model.safetensors"
     assert flow["checkpoint"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    result = run("--model", f"hf:{tmp_path / 'mine'}", "--target", "top2", env=offline, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = explain("--model", f"hf:{tmp_path / 'mine'}", "--target", "top2")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert len(list((tmp_path / "results" / "hf_mine").glob("coffee-*-*"))) == 1
 
 
-def test_torchvision_model_from_a_checkpoint(offline, tmp_path):
+def test_torchvision_model_from_a_checkpoint(explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     state = torchvision.models.vit_b_32(num_classes=3).half().state_dict()
     torch.nn.init.normal_(state["heads.head.weight"])  # zero when fresh
     torch.save(state, tmp_path / "mine.pth")
     options = ("--model", "torchvision:vit_b_32", "--checkpoint", tmp_path / "mine.pth", "--target", 2)
-    result = run(*options, "--size", "model", env=offline, cwd=tmp_path)
+    result = explain(*options, "--size", "model")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     folder = tmp_path / "results" / "torchvision_vit_b_32" / "coffee-class_2"
     maps = np.load(folder / "maps.npz")["block_maps"]

@@ -1,12 +1,10 @@
-"""The self-supervised script from end to end, as a subprocess, without network."""
+"""The self-supervised script from end to end, without network: as a subprocess, and in this process."""
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +14,36 @@ import timm
 import torch
 import transformers
 from PIL import Image
-from test_script import ROOT, no_leftovers, offline, one_line_error  # noqa: F401
+from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
 from tiny_banks import BACKBONE, rows, write_bank
 from tiny_checkpoints import by_facebook
 from tiny_models import build as build_random
 from tiny_models import tiny_timm
 
+import DINO_DAAM_Visualization_oneSample as script
+import VIT_DynamicAccumulatedAttentionMap_oneSample as supervised_script
 from daam_core import attention_flow
 from memorybank import MemoryBank
+from memorybank.__main__ import main as memorybank_main
 from memorybank.build import build
 from models import load
 from models.images import read_image
 
-SCRIPT = "DINO_DAAM_Visualization_oneSample.py"
+SCRIPT = ROOT / "DINO_DAAM_Visualization_oneSample.py"
 EMBEDDED = "vit_small_patch14_selfsupervised"
 BANK = ROOT / "memorybank" / "embedded"
 LIME = (50, 205, 50)
 
 
-def run(*options, env, root=ROOT, script=SCRIPT, **more):
-    command = [sys.executable, root / script, *map(str, options)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **more)
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    return offline_environment(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def explain(capfd):
+    """Call the script in this process, with these options."""
+    return partial(call, script.main, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,8 @@ def results(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_default_run_without_weights_and_bank(offline, tmp_path):  # noqa: F811
-    result = run("--output-dir", tmp_path, env=offline, cwd=tmp_path)
+def test_default_run_without_weights_and_bank(offline, tmp_path):
+    result = run(SCRIPT, "--output-dir", tmp_path, env=offline, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     reason = "there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"
     assert result.stderr.splitlines() == [f"{reason}; using the embedded {EMBEDDED} and its bank instead"]
@@ -147,16 +154,15 @@ def published_bank(root):
     return write_bank(folder, rows(10, 384, seed=1), torch.arange(10), "test")
 
 
-def test_the_published_checkpoint_and_bank_are_found(offline, repository, tmp_path):  # noqa: F811
+def test_the_published_checkpoint_and_bank_are_found(offline, repository, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch8_224.dino").eval()
     teacher = {f"module.backbone.{name}": value for name, value in model.state_dict().items()}
     teacher |= {"module.head.mlp.0.weight": torch.zeros(3, 3), "module.head.last_layer.weight_g": torch.zeros(3)}
     torch.save({"student": {}, "teacher": teacher}, repository / "pretrainedmodels" / "dino_deitsmall8_pretrain.pth")
     folder = published_bank(repository)
-    result = run(
-        "--output-dir", tmp_path / "out", "--image", ".img/flower.jpg", env=offline, root=repository, cwd=repository
-    )
+    options = ("--output-dir", tmp_path / "out", "--image", ".img/flower.jpg")
+    result = run(repository / SCRIPT.name, *options, env=offline, cwd=repository)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     made = next((tmp_path / "out" / "vit_small_patch8_224.dino").iterdir())
     flow, maps = json.loads((made / "flow.json").read_text()), np.load(made / "maps.npz")
@@ -176,23 +182,23 @@ def test_the_published_checkpoint_and_bank_are_found(offline, repository, tmp_pa
         assert picture.size[1] > 4 * 150 and LIME in {colour for _, colour in picture.getcolors(1 << 20)}
 
 
-def test_a_bank_without_weights(offline, repository, tmp_path):  # noqa: F811
+def test_a_bank_without_weights(offline, repository, tmp_path):
     """The default's bank is there, but neither its weights nor a hub."""
     published_bank(repository)
     shutil.copytree(BANK, repository / "memorybank" / "embedded")
     (repository / "pretrainedmodels" / f"{EMBEDDED}.safetensors").symlink_to(
         ROOT / "pretrainedmodels" / f"{EMBEDDED}.safetensors"
     )
-    result = run("--output-dir", tmp_path / "out", env=offline, root=repository)
+    result = run(repository / SCRIPT.name, "--output-dir", tmp_path / "out", env=offline)
     assert result.returncode == 0, result.stderr
     reason = "the weights of vit_small_patch8_224.dino are not cached and http://127.0.0.1:9 cannot be reached"
     assert result.stderr.splitlines() == [f"{reason}; using the embedded {EMBEDDED} and its bank instead"]
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
-def test_a_bank_of_ones_own(offline, weights, own_bank, tmp_path):  # noqa: F811
+def test_a_bank_of_ones_own(offline, explain, weights, own_bank, tmp_path):
     options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--k", 8, "--output-dir", tmp_path]
-    result = run(*options, env=offline)
+    result = run(SCRIPT, *options, env=offline)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "tiny" / "coffee-coffee"
     flow = json.loads((folder / "flow.json").read_text())
@@ -204,7 +210,7 @@ def test_a_bank_of_ones_own(offline, weights, own_bank, tmp_path):  # noqa: F811
         nearest = Image.open(flow["neighbours"][0]["file"]).resize((150, 100), Image.Resampling.LANCZOS)
     assert np.abs(tile - np.asarray(nearest.crop((5, 3, 145, 93)), float)).mean() < 12
 
-    result = run(*options, "--target", "Noise", "--target-k", 24, env=offline)
+    result = explain(*options, "--target", "Noise", "--target-k", 24)
     assert result.returncode == 0, result.stderr
     named = json.loads((tmp_path / "tiny" / "coffee-noise" / "flow.json").read_text())
     assert named["target"]["name"] == "noise" and named["top5"][0]["name"] == "coffee"
@@ -214,7 +220,7 @@ def test_a_bank_of_ones_own(offline, weights, own_bank, tmp_path):  # noqa: F811
     np.testing.assert_allclose(maps[0]["output"], maps[1]["output"], rtol=1e-5)
 
 
-def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
+def test_several_classes(explain, weights, own_bank, tmp_path):
     """Those that are named, and the N with the most votes, which may be fewer."""
     options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--size", 64, "--output-dir", tmp_path]
     made = {}
@@ -223,7 +229,7 @@ def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
         "coffee-noise": ("--target", "noise"),
         "coffee-noise-coffee": ("--target", "noise", "coffee"),
     }.items():
-        result = run(*options, "--k", 8, *more, env=offline)
+        result = explain(*options, "--k", 8, *more)
         assert result.returncode == 0, result.stderr
         made[name] = np.load(tmp_path / "tiny" / name / "maps.npz")
     assert made["coffee-noise-coffee"]["block_maps"].shape == (2, *made["coffee-noise"]["block_maps"].shape)
@@ -239,15 +245,13 @@ def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
     assert last["vote"] == {"2": 0, "0": pytest.approx(1)} and flow["evolution"]["runner_up"] is None  # no votes for it
     assert list(last["share"]) == ["2", "0"] and flow["evolution"]["leads_from"] is not None
 
-    result = run(*options, "--k", 8, "--target", "top3", "--output-dir", tmp_path / "few", env=offline)
+    result = explain(*options, "--k", 8, "--target", "top3", "--output-dir", tmp_path / "few")
     assert result.returncode == 0, result.stderr
     flow = json.loads((tmp_path / "few" / "tiny" / "coffee-coffee" / "flow.json").read_text())
     assert flow["target"]["name"] == "coffee" and flow["target"]["requested"] == "top3" and "targets" not in flow
 
     photos = [own_bank / "photos" / name / "0.png" for name in ("coffee", "noise")]
-    result = run(
-        "--image", *photos, *options, "--k", 24, "--target", "top2", "--output-dir", tmp_path / "all", env=offline
-    )
+    result = explain("--image", *photos, *options, "--k", 24, "--target", "top2", "--output-dir", tmp_path / "all")
     assert result.returncode == 0, result.stderr
     for name in ("coffee", "noise"):
         file = next(f for f in (tmp_path / "all").rglob("flow.json") if f"{name}/0.png" in f.read_text()[:2000])
@@ -259,10 +263,10 @@ def test_several_classes(offline, weights, own_bank, tmp_path):  # noqa: F811
         )
 
 
-def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(offline, weights, own_bank, tmp_path):  # noqa: F811
+def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(explain, weights, own_bank, tmp_path):
     photos = [own_bank / "photos" / name / "3.png" for name in ("coffee", "noise", "grey")]
     options = ("--bank", own_bank / "bank", "--k", 2, "--target-k", 2, "--target", "noise", "--size", 64)
-    result = run("--image", *photos, "--checkpoint", weights, *options, "--output-dir", tmp_path, env=offline)
+    result = explain("--image", *photos, "--checkpoint", weights, *options, "--output-dir", tmp_path)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 2, result.stderr
     for name, line in zip(("coffee", "grey"), errors):
@@ -273,24 +277,22 @@ def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(offline, weig
     assert len(flows) == 1 and json.loads(flows[0].read_text())["image"]["file"] == str(photos[1])
 
 
-def test_the_bank_says_which_model(offline, tmp_path):  # noqa: F811
+def test_the_bank_says_which_model(explain, tmp_path):
     bank = shutil.copytree(BANK, tmp_path / "mine")
     options = ["--bank", bank, "--target", "cup", "--size", "model", "--output-dir", tmp_path / "out"]
-    result = run(*options, env=offline)
+    result = explain(*options)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
-def test_the_bank_says_what_a_checkpoint_is(offline, own_bank, weights, tmp_path):  # noqa: F811
+def test_the_bank_says_what_a_checkpoint_is(explain, own_bank, weights, tmp_path):
     """One that says nothing of itself."""
     bank = shutil.copytree(own_bank / "bank", tmp_path / "bank")
     told = json.loads((bank / "bank.json").read_text())
     (bank / "bank.json").write_text(json.dumps(told | {"model": "vit_tiny_patch16_224", "weights_sha256": "other"}))
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "mine.pth")
     options = ["--bank", bank, "--checkpoint", tmp_path / "mine.pth", "--output-dir", tmp_path / "out"]
-    one_line_error(
-        run(*options, env=offline), "was built with other weights of vit_tiny_patch16_224 (tiny.safetensors)"
-    )
+    one_line_error(explain(*options), "was built with other weights of vit_tiny_patch16_224 (tiny.safetensors)")
 
 
 @pytest.mark.parametrize(
@@ -309,8 +311,6 @@ def test_the_bank_says_what_a_checkpoint_is(offline, own_bank, weights, tmp_path
         (["--model", "resnet10t", "--checkpoint", "resnet.pth", "--bank", "wide"],
          ["model: ResNet has no attention that DAAM can see"]),
         (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
-        (["--model", "vit_small_patch8_224.dino", "--bank", "wrong", "--checkpoint", None],
-         ["model: the weights of vit_small_patch8_224.dino are not cached"]),
         (["--model", "vit_small_patch8_224.dino", "--bank", None, "--checkpoint", None],
          ["there is no memory bank memorybank/DINO/ImageNet2012/vit_small_patch8_224.dino"]),
         (["--checkpoint", None, "--bank", "wrong"],
@@ -319,7 +319,8 @@ def test_the_bank_says_what_a_checkpoint_is(offline, own_bank, weights, tmp_path
     ],
     ids=lambda value: " ".join(map(str, value)) if value[0].startswith("--") else "",
 )  # fmt: skip
-def test_bad_options(offline, weights, own_bank, tmp_path, options, texts):  # noqa: F811
+def test_bad_options(explain, weights, own_bank, tmp_path, options, texts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_bank(tmp_path / "other", rows(30, 5), torch.zeros(30).long())
     write_bank(tmp_path / "wrong", rows(30, 48), torch.zeros(30).long(), model="somebody's",
                checkpoint={"file": "mine.pth"}, weights_sha256="1")  # fmt: skip
@@ -328,15 +329,25 @@ def test_bad_options(offline, weights, own_bank, tmp_path, options, texts):  # n
         write_bank(tmp_path / "wide", rows(30, 512), torch.zeros(30).long())
     given = {"--checkpoint": weights, "--bank": own_bank / "bank", "--k": 8} | dict(zip(options[::2], options[1::2]))
     words = [word for name, value in given.items() if value is not None for word in (name, value)]
-    one_line_error(run(*words, "--output-dir", "out", env=offline, cwd=tmp_path), *texts)
+    one_line_error(explain(*words, "--output-dir", "out"), *texts)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_supervised_script_names_this_one(offline, tmp_path):  # noqa: F811
-    result = run(
-        "--model", EMBEDDED, env=os.environ | offline, script="VIT_DynamicAccumulatedAttentionMap_oneSample.py"
-    )
-    one_line_error(result, "has no classifier", f"{SCRIPT} explains such models")
+def test_a_default_that_was_named_is_not_replaced(offline, tmp_path):
+    bank = write_bank(tmp_path / "bank", rows(30, 48), torch.zeros(30).long(), model="somebody's")
+    result = run(SCRIPT, "--model", "vit_small_patch8_224.dino", "--bank", bank, env=offline, cwd=tmp_path)
+    one_line_error(result, "model: the weights of vit_small_patch8_224.dino are not cached")
+    assert not (tmp_path / "results").exists()
+
+
+def test_defaults_of_the_options():
+    options = vars(script.parse_options([]))
+    assert [options[name] for name in ("k", "temperature", "target_k", "batch", "size")] == [20, 0.07, 200, 16, "image"]
+
+
+def test_the_supervised_script_names_this_one(capfd, tmp_path):
+    result = call(supervised_script.main, capfd, "--model", EMBEDDED, "--output-dir", tmp_path)
+    one_line_error(result, "has no classifier", f"{SCRIPT.name} explains such models")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,13 +355,7 @@ def test_the_supervised_script_names_this_one(offline, tmp_path):  # noqa: F811
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_bank(model, photos, out, env):
-    command = [sys.executable, "-m", "memorybank", "build", *model, "--train", photos, "--out", out, "--workers", 0]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-
-
-def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
+def test_xcit_in_the_layout_of_dino(own_bank, explain, capfd, tmp_path):
     """A training checkpoint as DINO writes it; a bank is built with it, and the script explains two frames."""
     name = "xcit_nano_12_p16_224"
     teacher = by_facebook(tiny_timm(name, num_classes=0).state_dict())
@@ -358,9 +363,11 @@ def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
     teacher |= {"module.head.mlp.0.weight": torch.zeros(8, 128), "module.head.last_layer.weight_v": torch.zeros(9, 8)}
     torch.save({"student": teacher, "teacher": teacher, "epoch": 300}, tmp_path / "dino_xcit.pth")
     options = ("--model", name, "--checkpoint", tmp_path / "dino_xcit.pth")
-    build_bank(options, own_bank / "photos", tmp_path / "bank", offline)
+    folders = ("--train", own_bank / "photos", "--out", tmp_path / "bank", "--workers", 0)
+    built = call(memorybank_main, capfd, "build", *options, *folders)
+    assert built.returncode == 0, built.stderr
 
-    result = run(*options, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", "--k", 5, env=offline)
+    result = explain(*options, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", "--k", 5)
     assert result.returncode == 0, result.stderr
     assert "(class token, 2 class-attention blocks) -> " in result.stdout
     folder = next((tmp_path / "out" / name).glob("coffee-*"))
@@ -378,17 +385,20 @@ def test_xcit_in_the_layout_of_dino(own_bank, offline, tmp_path):  # noqa: F811
     )
 
 
-def test_transformers_model_and_its_bank(own_bank, offline, tmp_path):  # noqa: F811
+def test_transformers_model_and_its_bank(offline, own_bank, explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = transformers.Dinov2Config(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
     )
     build_random(transformers.Dinov2Model, config).save_pretrained(tmp_path / "mine")
     model = f"hf:{tmp_path / 'mine'}"
-    build_bank(("--model", model), own_bank / "photos", tmp_path / "bank", offline)
-    result = run("--model", model, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out", env=offline)
+    options = ("--train", own_bank / "photos", "--out", tmp_path / "bank", "--workers", 0)
+    result = run("-m", "memorybank", "build", "--model", model, *options, env=offline, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    result = explain("--model", model, "--bank", tmp_path / "bank", "--output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
     assert flow["model"] == "hf:mine" and flow["grid"] == [4, 4] and flow["decomposed"] == "class token, 3 blocks"
     assert flow["versions"]["transformers"] == transformers.__version__
-    result = run("--bank", tmp_path / "bank", env=offline, cwd=tmp_path)
+    result = explain("--bank", tmp_path / "bank")
     one_line_error(result, "model: the bank", "was built with a folder mine; pass it with --model hf:PATH")
