@@ -1,9 +1,17 @@
-"""Is the explanation right? Methods side by side on the same photos, and what they are worth.
+"""Is the explanation right? Compare explanation methods on the same photos.
 
     python -m evaluation --model embedded --images photos/ --methods all --out evaluated
 
-`decision`: what is explained, a class and how probable it is. `methods`: maps of it, `(B, h, w)`. `metrics`: what the
-removal of patches, and regions known to hold the object, say about a map. `sanity`: what a map should and should not
-depend on. `annotations`: those regions. `command`: the loop over the photos and its records. `report`: the tables and
-pictures made of them.
+    command.py       options, and the loop over the photos
+    decision.py      what is explained: the class of a photo, its probability, its gradient
+    explained.py     a batch of photos with the attention behind its score
+    methods.py       the methods: maps `(B, h, w)`
+    metrics.py       how good a map is: removed patches, known regions
+    sanity.py        what a map depends on: weights, class, orientation
+    annotations.py   regions of the objects, from boxes and masks
+    records.py       one line a photo, written at once
+    comparison.py    means, intervals and paired tests
+    tables.py, figures.py, sheet.py, report.py    what a reader sees
+
+See docs/evaluation.md.
 """

@@ -1,4 +1,4 @@
-"""python -m evaluation: explanation methods side by side on a folder of photos; --help shows the options."""
+"""Compare explanation methods on a folder of photos: `python -m evaluation --help`."""
 
 import sys
 

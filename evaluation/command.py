@@ -1,27 +1,27 @@
-"""The command: options, the loop over the photos, what is recorded of each, and how a killed run goes on."""
+"""The command: its options, the loop over the photos, and what is recorded for each of them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command_line.options import Parser, find_device, number
-from command_line.photos import precision
+from command_line.options import Parser, find_device, number, precision
 from daam_core import UnsupportedModel, overlay, render
-from daam_vit.files import atomic_write
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
-from evaluation.methods import CANDIDATES, METHODS, Explained, photo_seed
+from evaluation.explained import Explained
+from evaluation.methods import CANDIDATES, METHODS, photo_seed
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
-from evaluation.report import read_lines, read_settings, write_report
+from evaluation.records import append_record, begin_run, repair_records
+from evaluation.report import write_report
 from evaluation.sanity import check, stages
 from memorybank import MemoryBank
 from models import architecture_of, load, weights_sha256
@@ -30,18 +30,20 @@ from models.versions import versions
 from models.weights import first_line
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
+"""Packages whose versions are recorded."""
 EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
-HELP = """the photos of the README's table:
+HELP = """the photos of docs/evaluation.md:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
       --steps 5 --blocks 60 --dtype bfloat16 --out evaluated_caltech101
-A run that was killed goes on when the same command is given again; photos come in a random order that the seed decides,
-so that the tables of an unfinished run are those of a sample."""
+To continue a run that was killed, give the same command again. Photos come in a random order that depends on the seed,
+so an unfinished run describes a random sample."""
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options of the command."""
     parser = Parser(
         prog="python -m evaluation",
-        description="Are the maps right? Explanation methods side by side on the same photos.",
+        description="Are the maps right? Compare explanation methods on the same photos.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -49,35 +51,50 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add, shown, count = parser.add_argument, "(default: %(default)s)", number(int, 0, 10**9)
     add("--model", metavar="NAME", default="embedded", help=f"timm name, hf:NAME, or embedded {shown}")
     add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
-    add("--bank", metavar="DIR", help="memory bank, for a model without a classifier (default: of the embedded one)")
+    add(
+        "--bank",
+        metavar="DIR",
+        help="memory bank, for a model without a classifier (default: that of the embedded model)",
+    )
     add("--images", type=Path, required=True, metavar="FOLDER", help="photos, also in sub-folders")
-    add("--list", type=Path, metavar="FILE", help="only the photos that it names, relative to the folder, one a line")
+    add(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="use only the photos that this file names, one path in the folder a line",
+    )
     add("--annotations", type=Path, metavar="FOLDER",
-        help="boxes (XML of VOC or ImageNet) or masks (PNG), by the names of the photos")  # fmt: skip
-    add("--limit", type=number(int, 1, 10**9), metavar="N", help="so many of the photos, at random (default: all)")
+        help="boxes (XML of VOC or ImageNet) or masks (PNG), named like the photos")  # fmt: skip
+    add("--limit", type=number(int, 1, 10**9), metavar="N", help="use N of the photos, chosen at random (default: all)")
     add("--methods", nargs="+", default=["all"], metavar="METHOD",
-        help=f"all (default), candidates (more variants of daam), or names; daam is always there: {', '.join(METHODS)}",
+        help=f"all (default), candidates (more variants of daam), or names; daam always runs: {', '.join(METHODS)}",
     )  # fmt: skip
     add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES),
-        help="what removed patches become: the photo's mean colour, the photo blurred (default: both)")  # fmt: skip
+        help="what removed patches become: the mean colour, or the blurred photo (default: both)")  # fmt: skip
     add(
         "--steps",
         type=number(int, 2, 1000),
         default=10,
         metavar="N",
-        help=f"of their curves, from 0 to 100 %% of the patches {shown}",
+        help=f"steps of the removal curves, from 0 to 100 %% of the patches {shown}",
     )
-    add("--blocks", type=count, metavar="N", help="photos whose map after every block is scored, too (default: all)")
-    add("--sanity", type=count, default=10, metavar="N", help=f"photos of the sanity checks {shown}")
-    add("--seed", type=count, default=0, help=f"order of the photos, ties, random maps and weights {shown}")
+    add("--blocks", type=count, metavar="N", help="also score the map after every block, for N photos (default: all)")
+    add("--sanity", type=count, default=10, metavar="N", help=f"run the sanity checks for N photos {shown}")
+    add(
+        "--seed",
+        type=count,
+        default=0,
+        help=f"seed of the order of photos, ties, random maps and random weights {shown}",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help=f"of the model where patches are removed or put back; maps are always float32 {shown}")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="DIR", help="where records, tables and pictures go")
+        help=f"dtype of the model for removal curves; maps are always float32 {shown}")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for records, tables and pictures")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     options = parse_options(arguments)
     sys.stdout.reconfigure(errors="replace")  # the tables have arrows
     try:
@@ -86,12 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: device: it has too little memory for this model; try --device cpu", file=sys.stderr)
+        print("error: device: out of memory; try --device cpu", file=sys.stderr)
         return 2
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    """Score every photo, check some of them, and write the report; continue what an earlier run recorded."""
     if options.annotations is not None and not options.annotations.is_dir():
         raise ValueError(f"annotations: there is no folder {options.annotations}")
     photos = find_photos(options.images, options.list, without=[options.out, options.annotations])
@@ -100,9 +118,36 @@ def evaluate(options: argparse.Namespace) -> None:
     decision = find_decision(options)
     methods = find_methods(options.methods, decision)
     model = decision.loaded.model.requires_grad_(False)
-    settings = {
+    metadata = {"photos": len(photos), "versions": versions(*PACKAGES)}
+    begin_run(options.out, settings_of(options, decision, methods), metadata)
+
+    def explained(name: str) -> Explained:
+        image = decision.loaded.transform(read_image(options.images / name)).unsqueeze(0)
+        image = image.to(next(model.parameters()).device)
+        return Explained(decision, image, decision.shares(image).argmax(1), [name], options.seed)
+
+    skipped: dict[str, str] = {}
+    scored, checked = options.out / "photos.jsonl", options.out / "sanity.jsonl"
+    record_each(scored, photos, skipped, lambda i, name: score(explained(name), methods, options, i))
+    record_each(
+        checked, photos[: options.sanity], skipped, lambda i, name: {"methods": check(explained(name), methods)}
+    )
+    if skipped and not repair_records(scored):
+        raise ValueError(f"images: none of the {len(photos)} photos could be scored; {next(iter(skipped.values()))}")
+
+    def picture(record: dict, method: str) -> Image.Image:
+        heat = METHODS[method](explained(record["photo"])).float().clamp(min=0).cpu()
+        return overlay(read_image(options.images / record["photo"]), render(heat))[0]
+
+    print(write_report(options.out, picture))
+    print(f"tables and pictures: {options.out}")
+
+
+def settings_of(options: argparse.Namespace, decision: Decision, methods: list[str]) -> dict:
+    """Return all that decides the results of a run."""
+    return {
         "model": decision.loaded.name,
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": weights_sha256(decision.loaded.model),
         "bank": decision.bank and str(options.bank or "embedded"),
         "images": str(options.images),
         "list": options.list and str(options.list),
@@ -113,49 +158,39 @@ def evaluate(options: argparse.Namespace) -> None:
         "dtype": options.dtype,
         "blocks": options.blocks,
         "seed": options.seed,
-        "stages": stages(model),
+        "stages": stages(decision.loaded.model),
     }
-    begin(options.out, settings, {"photos": len(photos), "versions": versions(*PACKAGES)})
-    skipped = {}
 
-    def explain(name: str) -> Explained:
-        image = decision.loaded.transform(read_image(options.images / name)).unsqueeze(0)
-        image = image.to(next(model.parameters()).device)
-        return Explained(decision, image, decision.shares(image).argmax(1), [name], options.seed)
 
-    for file, chosen, record in [
-        ("photos.jsonl", photos, lambda e, i: score(e, methods, options, i)),
-        ("sanity.jsonl", photos[: options.sanity], lambda e, i: {"methods": check(e, methods)}),
-    ]:
-        done = {line["photo"] for line in records_of(options.out / file)}
-        todo = [(i, name) for i, name in enumerate(chosen) if name not in done]
-        with tqdm(total=len(chosen), initial=len(chosen) - len(todo), desc=file.split(".")[0], unit="photo") as bar:
-            for i, name in todo:
-                try:
-                    found = record(explain(name), i)
-                except UnsupportedModel:
-                    raise
-                except ValueError as error:
-                    if name not in skipped:
-                        tqdm.write(f"left out: {error}", file=sys.stderr)
-                    skipped[name] = str(error)
-                else:
-                    append(options.out / file, {"photo": name} | found)
-                bar.update()
+def record_each(file: Path, photos: list[str], skipped: dict[str, str], measure: Callable[[int, str], dict]) -> None:
+    """Append a record for every photo that the file does not have yet.
 
-    if skipped and not records_of(options.out / "photos.jsonl"):
-        raise ValueError(f"images: none of the {len(photos)} photos could be scored; {next(iter(skipped.values()))}")
+    Args:
+        file: see `evaluation.records`.
+        photos: names.
+        skipped: gets the photos that could not be measured, and why; each is reported once.
+        measure: place in `photos` and name -> what is recorded.
 
-    def picture(record: dict, method: str) -> Image.Image:
-        heat = METHODS[method](explain(record["photo"])).float().clamp(min=0).cpu()
-        return overlay(read_image(options.images / record["photo"]), render(heat))[0]
-
-    print(write_report(options.out, picture))
-    print(f"tables and pictures: {options.out}")
+    Raises:
+        UnsupportedModel: if the model, and so every photo, is refused.
+    """
+    done = {record["photo"] for record in repair_records(file)}
+    todo = [(i, name) for i, name in enumerate(photos) if name not in done]
+    with tqdm(total=len(photos), initial=len(photos) - len(todo), desc=file.stem, unit="photo") as bar:
+        for i, name in todo:
+            try:
+                append_record(file, {"photo": name} | measure(i, name))
+            except UnsupportedModel:
+                raise
+            except ValueError as error:
+                if name not in skipped:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                skipped[name] = str(error)
+            bar.update()
 
 
 def score(explained: Explained, methods: list[str], options: argparse.Namespace, i: int) -> dict:
-    """What is recorded of one photo."""
+    """Return the record of one photo, number i of the run."""
     decision, image, name = explained.decision, explained.images[0], explained.names[0]
     target = explained.classes.item()
     probability = decision.shares(explained.images)[0, target].item()
@@ -191,10 +226,10 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
 
 
 def find_methods(words: list[str], decision: Decision) -> list[str]:
-    """The methods that --methods names; ours is always there, for the others are compared with it."""
+    """Return the methods that --methods names; ours is always one of them, as the others are compared with it."""
     unknown = [word for word in words if word not in (*METHODS, "all", "candidates")]
     if unknown:
-        raise ValueError(f"methods: {unknown[0]!r} is none of them: all, candidates, {', '.join(METHODS)}")
+        raise ValueError(f"methods: {unknown[0]!r} is unknown; choose from all, candidates, {', '.join(METHODS)}")
     as_ours = "daam-relu" if decision.bank is None else "daam-signed"
     all_of_them = [method for method in METHODS if method not in (*CANDIDATES, as_ours)]
     words = [w for word in words for w in {"all": all_of_them, "candidates": CANDIDATES}.get(word, [word])]
@@ -202,11 +237,19 @@ def find_methods(words: list[str], decision: Decision) -> list[str]:
 
 
 def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -> list[str]:
-    """Relative to the folder, sorted; all images in it and its sub-folders, or those of the list. What lies in one of
-    the folders `without` is none, and where masks lie beside the photos, a PNG is one that has the name of a photo.
+    """Find the images in a folder and its sub-folders, or those of a list.
+
+    Args:
+        folder: folder of the photos.
+        listed: file with one path in the folder a line; None: all images.
+        without: folders to skip, of results and annotations. If one is the folder of the photos itself, a PNG with the
+            name of another image is a mask.
+
+    Returns:
+        Paths in the folder, sorted.
 
     Raises:
-        ValueError: when there are none, or a photo of the list is not there.
+        ValueError: if there are none, or a photo of the list is missing.
     """
     if not folder.is_dir():
         raise ValueError(f"images: there is no folder {folder}")
@@ -225,7 +268,7 @@ def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -
     else:
         lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         names = sorted({PurePosixPath(line.strip()).as_posix() for line in lines if line.strip()})
-        missing = [name for name in names if not os.path.isfile(folder / name)]  # False, too, for what is no name
+        missing = [name for name in names if not os.path.isfile(folder / name)]  # also False for an invalid name
         if missing:
             raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")
     if not names:
@@ -234,47 +277,15 @@ def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -
 
 
 def find_decision(options: argparse.Namespace) -> Decision:
+    """Load the model, and the memory bank if it has no classifier."""
     name = EMBEDDED if options.model == "embedded" and options.checkpoint is None else options.model
     if options.model == "embedded" and options.checkpoint is not None:
         name = None if architecture_of(options.checkpoint) else EMBEDDED
     loaded = load(name, options.checkpoint, find_device(options.device))
     if loaded.num_classes != 0:
         if options.bank is not None:
-            raise ValueError(f"bank: {loaded.name} has a classifier, whose scores are explained; leave it out")
+            raise ValueError(f"bank: {loaded.name} has a classifier, whose scores are explained; drop --bank")
         return Decision(loaded)
     bank = MemoryBank.load(options.bank or EMBEDDED_BANK, next(loaded.model.parameters()).device)
     bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
     return Decision(loaded, bank)
-
-
-def begin(out: Path, settings: dict, told: dict) -> None:
-    """Make the folder of a run, or go on with the run that is there; run.json holds the settings and what is told.
-
-    Raises:
-        ValueError: when the run that is there has other settings.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "run.json").is_file():
-        there = read_settings(out)
-        other = [key for key, value in settings.items() if there.get(key) != value]
-        if other:
-            raise ValueError(f"out: {out} holds a run with another {other[0]}; give another folder")
-    with atomic_write(out / "run.json") as part:
-        part.write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
-
-
-def records_of(file: Path) -> list[dict]:
-    """What a run has recorded; a last line that a kill has cut is taken off the file."""
-    if not file.is_file():
-        return []
-    with open(file, "r+b") as lines:
-        lines.truncate(lines.read().rfind(b"\n") + 1)
-    return read_lines(file)
-
-
-def append(file: Path, record: dict) -> None:
-    """Add a line; it is on the disk when this returns."""
-    with open(file, "ab") as lines:
-        lines.write(json.dumps(record).encode() + b"\n")
-        lines.flush()
-        os.fsync(lines.fileno())

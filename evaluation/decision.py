@@ -1,4 +1,4 @@
-"""What is explained: the class of every photo, how probable it is, and the score whose gradient explains it."""
+"""The decision to explain: the class of every photo, its probability, and the gradient sent back from the output."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from memorybank import MemoryBank, Vote
 from models import LoadedModel
 
 BATCH = 8
-"""Images that the model sees at once; on a CPU larger batches are slower, since their activations leave the cache."""
+"""Images in one forward; larger batches are slower on a CPU, as their activations do not fit into its cache."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of a model with a classifier; or of one without, by the vote of its neighbours in a bank."""
+    """The decision of a model: by its classifier or, if it has none, by the nearest neighbours in a memory bank."""
 
     loaded: LoadedModel
     bank: MemoryBank | None = None
-    """For a model without a classifier."""
+    """The memory bank of a model without a classifier."""
     k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     temperature: float = 0.07
-    """Of their votes."""
+    """Temperature of their votes."""
     target_k: int = 200
-    """Neighbours among which those of the second class are looked for."""
+    """Number of neighbours to search for those of another class."""
 
     def outputs(self, images: Tensor) -> Tensor:
-        """`(B, num_classes)` scores, or with a bank the `(B, D)` features; differentiable."""
+        """Return the scores `(B, num_classes)`, or with a bank the features `(B, D)`; differentiable."""
         if self.bank is not None:
             return features(self.loaded.model, images)
         output = self.loaded.model(images)
         return getattr(output, "logits", output)  # transformers
 
     def shares(self, images: Tensor) -> Tensor:
-        """`(B, num_classes)`: probabilities, or shares of the votes, 0..1; without a graph."""
+        """Return probabilities, or with a bank shares of the votes, `(B, num_classes)` in 0..1; without graph."""
         with torch.inference_mode():
             outputs = torch.cat([self.outputs(part) for part in images.split(BATCH)]).float()
             if self.bank is None:
@@ -46,12 +46,18 @@ class Decision:
             votes = self._vote(outputs, self.k).votes
             return votes / votes.sum(1, keepdim=True)
 
-    def seeds(self, images: Tensor, classes: Tensor) -> Tensor:
-        """What is sent back from the outputs to explain `classes` `(B,)`: one-hot rows `(B, num_classes)`, or with a
-        bank the dimension-wise importance `(B, D)`.
+    def grad_outputs(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the gradient to send back from the outputs to explain `classes`.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            classes: `(B,)`.
+
+        Returns:
+            One-hot rows `(B, num_classes)`, or with a bank the importance of the dimensions `(B, D)`.
 
         Raises:
-            ValueError: when no neighbour is of that class.
+            ValueError: if no neighbour belongs to the class.
         """
         if self.bank is None:
             return F.one_hot(classes, self.loaded.num_classes).to(images)
@@ -60,11 +66,13 @@ class Decision:
         vote = self._vote(outputs.float(), self.k)
         if not (vote.labels == classes.unsqueeze(1)).any(1).all():
             vote = self._vote(outputs.float(), self.target_k)
-        return self.bank.importance_of(outputs, vote, classes).to(outputs, copy=True)  # no tensor of inference mode
+        return self.bank.importance_of(outputs, vote, classes).to(outputs, copy=True)  # not an inference tensor
 
     def second(self, images: Tensor, classes: Tensor) -> Tensor | None:
-        """`(B,)`: the most probable class beside `classes`, with a bank by the votes of `target_k` neighbours; None
-        where an image has none."""
+        """Return the most probable class other than `classes`, `(B,)`; None if an image has no other class.
+
+        With a bank, `target_k` neighbours vote.
+        """
         if self.bank is None:
             shares = self.shares(images)
         else:
@@ -74,6 +82,7 @@ class Decision:
         return others.argmax(1) if (others.amax(1) > 0).all() else None
 
     def class_name(self, index: int) -> str:
+        """Return the name of a class, without its synonyms."""
         names = self.loaded.class_names if self.bank is None else self.bank.class_names
         return names[index].split(", ")[0] if names else f"class {index}"
 

@@ -1,8 +1,7 @@
-"""What a map `(h, w)`, one value a patch, is worth: by removing patches, and by where the object is known to be.
+"""Measure a map `(h, w)`, one value a patch: by removing patches, and by known regions of the object.
 
-Every number says in `METRICS` which direction is good. Patches of the same value are ranked at random, by a seed of the
-photo, so that a flat map is no better than chance. Negative values count as such where patches are ranked, and as zero
-elsewhere.
+Patches of equal value are ranked at random, with a seed that depends on the photo, so that a flat map is no better than
+chance. Ranking keeps negative values; all other metrics set them to zero.
 """
 
 from __future__ import annotations
@@ -26,21 +25,29 @@ METRICS: dict[str, tuple[str, str]] = {
     "iou": ("IoU", "higher"),
     "sparsity": ("sparsity", "higher"),
 }
-"""Heading and the direction that is good."""
+"""Heading, and which values are good, of every metric of a map."""
 
 SANITY: dict[str, tuple[str, str]] = {
     "randomised": ("randomised model", "lower"),
     "class": ("other class", "lower"),
     "flip": ("flipped photo", "higher"),
 }
-"""The same of `evaluation.sanity`."""
+"""The same for the checks of `evaluation.sanity`."""
+
+HEADINGS = METRICS | SANITY
 
 BASELINES = ("mean", "blur")
+"""What removed patches become, see `baseline`."""
 
 
 def baseline(image: Tensor, kind: str) -> Tensor:
-    """What takes the place of removed patches in an image `(3, H, W)`: "mean", its own mean colour; "blur", the image
-    after a Gaussian blur with a deviation of a sixteenth of its shorter side (14 pixels of 224)."""
+    """Return what replaces removed patches in an image: `(3, H, W)` for `(3, H, W)`.
+
+    Args:
+        image: `(3, H, W)`.
+        kind: "mean", its mean colour; "blur", a Gaussian blur with a deviation of a sixteenth of its shorter side (14
+            of 224 pixels).
+    """
     if kind == "mean":
         return image.mean((1, 2), keepdim=True).expand_as(image)
     pixels = image.permute(1, 2, 0).cpu().float().numpy()
@@ -49,8 +56,11 @@ def baseline(image: Tensor, kind: str) -> Tensor:
 
 
 def kept_patches(heat: Tensor, steps: int, seed: int = 0) -> Tensor:
-    """Which patches are left while the first ones are removed: `(steps + 1, h * w)` bool; row s lacks the s / steps of
-    them (rounded) with the largest values."""
+    """Say which patches remain while those with the largest values are removed.
+
+    Returns:
+        `(steps + 1, h * w)` bool; s / steps of the patches (rounded) are removed in row s.
+    """
     heat = heat.flatten().cpu()
     shuffled = torch.randperm(len(heat), generator=torch.Generator().manual_seed(seed))
     order = shuffled[heat[shuffled].argsort(descending=True, stable=True)]
@@ -62,21 +72,22 @@ def kept_patches(heat: Tensor, steps: int, seed: int = 0) -> Tensor:
 def removal_curves(
     decision: Decision, image: Tensor, target: int, maps: Tensor, steps: int, baselines: tuple[str, ...], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Probability of the class `target` while patches are removed, or put back into the baseline, the largest first.
+    """Return the probability of a class while patches are removed, or put back, the largest values first.
 
     Deletion and insertion: Petsiuk, Das, Saenko 2018 (RISE), https://arxiv.org/abs/1806.07421, by patches.
 
     Args:
+        decision: see `Decision`.
         image: `(3, H, W)`.
-        target: class index.
-        maps: `(M, h, w)`, of M methods.
-        steps: the share of patches goes from 0 to 1 in so many steps.
-        baselines: of `BASELINES`.
-        seed: for patches of equal values.
+        target: index of the class.
+        maps: `(M, h, w)` of M methods.
+        steps: number of steps from none to all of the patches.
+        baselines: some of `BASELINES`.
+        seed: orders patches of equal value.
 
     Returns:
-        `deletion_<baseline>` and `insertion_<baseline>`, each `(M, steps + 1)`. The same set of patches is seen by the
-        model once, whichever map asks.
+        `deletion_<baseline>` and `insertion_<baseline>`, each `(M, steps + 1)`. A set of patches that occurs in several
+        curves runs through the model once.
     """
     deletion = torch.stack([kept_patches(heat, steps, seed) for heat in maps])  # (M, steps + 1, n)
     kept, place = torch.stack([deletion, ~deletion]).flatten(0, 2).unique(dim=0, return_inverse=True)
@@ -92,13 +103,21 @@ def removal_curves(
 
 
 def area(curve: Tensor) -> Tensor:
-    """Under curves `(..., steps + 1)` over 0..1, by trapezoids: `(...)`."""
+    """Return the area under curves `(..., steps + 1)` over 0..1, by the trapezoidal rule: `(...)`."""
     return torch.trapezoid(curve, dx=1 / (curve.shape[-1] - 1))
 
 
 def masked_photo(decision: Decision, image: Tensor, target: int, maps: Tensor, probability: float) -> dict[str, Tensor]:
-    """Average drop and increase in confidence: Chattopadhyay et al. 2018 (Grad-CAM++), https://arxiv.org/abs/1710.11063,
-    Sec. 5.1: the normalised image `(3, H, W)` times the map, stretched to 0..1 and to its size.
+    """Multiply an image by its map: average drop and increase of confidence.
+
+    Chattopadhyay et al. 2018 (Grad-CAM++), https://arxiv.org/abs/1710.11063, Sec. 5.1.
+
+    Args:
+        decision: see `Decision`.
+        image: `(3, H, W)`, normalised.
+        target: index of the class.
+        maps: `(M, h, w)` of M methods; each is stretched to 0..1 and to the size of the image.
+        probability: p, of the class in the whole image.
 
     Returns:
         `average_drop`, max(0, p - p') / p, and `increase`, p' > p, each `(M,)`.
@@ -113,16 +132,18 @@ def masked_photo(decision: Decision, image: Tensor, target: int, maps: Tensor, p
 
 
 def unit(heat: Tensor) -> Tensor:
-    """Negative values cut off, stretched to 0..1; a flat map is zero."""
+    """Set negative values to zero and stretch a map to 0..1; a flat map becomes zero."""
     heat = heat.float().clamp(min=0)
     low, high = heat.amin(), heat.amax()
     return (heat - low) / (high - low) if high > low else torch.zeros_like(heat)
 
 
 def sparsity(heat: Tensor) -> float:
-    """Gini index of the values `(h, w)` as they are, negative ones cut off: 0 for a flat map, towards 1 where one patch
-    has all. A floor that a method adds to its map counts (that of Grad-CAM is taken off by its library).
-    Hurley and Rickard 2009, https://arxiv.org/abs/0811.4706, Table I."""
+    """Return the Gini index of a map `(h, w)`, negative values set to zero: 0 if it is flat, near 1 for a single patch.
+
+    The map is not stretched, so a constant that a method adds to it counts (pytorch-grad-cam subtracts the minimum).
+    Hurley and Rickard 2009, https://arxiv.org/abs/0811.4706, Table I.
+    """
     values = heat.double().clamp(min=0).flatten().sort().values
     if values.sum() == 0:
         return 0.0
@@ -132,12 +153,12 @@ def sparsity(heat: Tensor) -> float:
 
 
 def localisation(heat: Tensor, region: np.ndarray) -> dict[str, float]:
-    """Of a map `(h, w)` and the region of the object `(H, W)` bool.
+    """Compare a map `(h, w)` with the region of the object, `(H, W)` bool.
 
     Returns:
-        `energy`: the share of the map, stretched to 0..1, inside the region, each patch counted by how much of it lies
-        there (Wang et al. 2020, Score-CAM, https://arxiv.org/abs/1910.01279, Sec. 4.3); `iou`: of the region and the
-        map above its mean, at the size of the photo (the threshold of Chefer, Gur, Wolf 2021,
+        `energy`: the share of the map, stretched to 0..1, inside the region; a patch on the edge counts in part (Wang
+        et al. 2020, Score-CAM, https://arxiv.org/abs/1910.01279, Sec. 4.3). `iou`: intersection over union of the
+        region and the map above its mean, at the size of the photo (threshold of Chefer, Gur, Wolf 2021,
         https://arxiv.org/abs/2012.09838, Sec. 4).
     """
     heat = unit(heat).cpu()

@@ -1,7 +1,7 @@
-"""What a map should depend on, and what it should not; all by rank correlations of maps, -1..1.
+"""Check what a map depends on, by rank correlations of maps, -1..1.
 
-Model randomisation: Adebayo et al. 2018, "Sanity checks for saliency maps", https://arxiv.org/abs/1810.03292, Sec. 4:
-with random weights in place of what was learned, block by block from the top down, a map should change.
+Model randomisation follows Adebayo et al. 2018, "Sanity checks for saliency maps", https://arxiv.org/abs/1810.03292,
+Sec. 4: a map should change when the weights are replaced by random ones, block by block from the top down.
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ from evaluation.methods import METHODS, Explained
 
 
 def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
-    """Of one photo and every method, the rank correlation of its map with
+    """Correlate the map of one photo with maps that should be like it, or unlike it.
 
-    flip: the map of the mirrored photo, mirrored back; near 1 if the map goes with the picture. None where the mirrored
-        photo has no neighbour of the class.
-    class: the map of the most probable other class; low if the map is of a class. None where there is none.
-    randomised: the maps after every stage of `randomised_models`, empty for models without `blocks`; near 0 if the map
-        depends on what was learned. Without a classifier the importance stays that of the trained model, as the class
-        does with one.
+    Args:
+        explained: a batch of one photo.
+        methods: names.
+
+    Returns:
+        For every method the rank correlation of its map with
+
+        - "flip": the map of the mirrored photo, mirrored back; near 1 if the map follows the picture. None if the
+          mirrored photo has no neighbour of the class.
+        - "class": the map of the most probable other class; low if the map depends on the class. None without such a
+          class.
+        - "randomised": the maps after every stage of `randomised_models`, a list; near 0 if the map depends on what
+          was learned. Empty for models without `blocks`. The class, or without a classifier the importance, stays that
+          of the trained model.
     """
     maps = {name: METHODS[name](explained)[0] for name in methods}
     try:
-        flipped = replace(explained, images=explained.images.flip(-1), seeds=None)
-    except ValueError:  # of the bank
+        flipped = replace(explained, images=explained.images.flip(-1), grad_outputs=None)
+    except ValueError:  # the bank has no neighbour of the class
         flipped = None
     second = explained.decision.second(explained.images, explained.classes)
-    other = None if second is None else replace(explained, classes=second, seeds=None)
+    other = None if second is None else replace(explained, classes=second, grad_outputs=None)
     found = {
         name: {
             "flip": flipped and rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
@@ -52,16 +60,21 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
 
 
 def stages(model: nn.Module) -> list[str]:
-    """The parts of a model that are randomised, in this order: "head", "block 12", ..., "block 1", "embedding"; none
-    for models without timm's `blocks`."""
+    """Return the parts of a model in the order in which they are randomised; none for models without timm's `blocks`.
+
+    Returns:
+        "head", "block 12", ..., "block 1", "embedding".
+    """
     blocks = len(getattr(model, "blocks", ()))
     return ["head", *(f"block {b}" for b in range(blocks, 0, -1)), "embedding"] if blocks else []
 
 
 def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """A copy of a model whose weights become random, stage after stage: norm and head, the blocks from the last to the
-    first, then the rest, patch and position embedding. Every weight gets a normal distribution of the mean and
-    deviation that it had, so that nothing but what was learned is lost."""
+    """Yield a copy of a model, stage by stage with more random weights: `(stage, model)`, each time the same copy.
+
+    Norm and head come first, then the blocks from the last to the first, then patch and position embedding. Every
+    weight is drawn from a normal distribution with its own mean and deviation, so that only what was learned is lost.
+    """
     names = stages(model)
     if not names:
         return
@@ -79,6 +92,6 @@ def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's, of two maps `(h, w)`; 0 where one of them is flat."""
+    """Return Spearman's correlation of two maps `(h, w)`; 0 if one of them is flat."""
     a, b = (m.flatten().cpu().numpy() for m in (first, second))
     return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)

@@ -1,4 +1,4 @@
-"""Regions of annotations: boxes and masks pixel by pixel, where they are looked for, every error."""
+"""Regions of annotations: boxes and masks pixel by pixel, the places where they are found, every error."""
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_a_damaged_xml(tmp_path, text):
     (tmp_path / "a.xml").write_text(text)
     with pytest.raises(ValueError) as error:
         region_of(tmp_path, "photos", "a.jpg", SIZE)
-    one_line(error, "a.xml is damaged", "repair it or take it away")
+    one_line(error, "a.xml is damaged", "repair or remove it")
 
 
 @pytest.mark.parametrize("box", [(5, 1, 2, 3), (1, 3, 2, 2), ("inf", 1, "inf", 3)])
@@ -138,7 +138,7 @@ def test_a_box_the_wrong_way_round(tmp_path, box):
     write_xml(tmp_path / "a.xml", [box])
     with pytest.raises(ValueError) as error:
         region_of(tmp_path, "photos", "a.jpg", SIZE)
-    one_line(error, "a.xml is damaged", "the wrong way round")
+    one_line(error, "a.xml is damaged", "its sides are swapped")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])

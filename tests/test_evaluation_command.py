@@ -1,22 +1,25 @@
-"""`python -m evaluation` from end to end, as a subprocess, without network."""
+"""`python -m evaluation` from end to end, without network: as a subprocess, and in this process."""
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
+import torch
 from PIL import Image
-from test_script import ROOT, offline, one_line_error  # noqa: F401
-from tiny_models import build
+from scripts import ROOT, call, offline_environment, one_line_error
+from tiny_banks import BACKBONE, rows, write_backbone, write_bank
+from tiny_models import tiny_timm
 
-from evaluation.command import find_photos
+from evaluation.command import find_photos, main
 from evaluation.methods import METHODS
 
 
@@ -25,7 +28,20 @@ def command(*options):
 
 
 def run(*options, env):
+    """Run the command as a user does."""
     return subprocess.run(command(*options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def evaluate(capfd, monkeypatch):
+    """Call the command in this process, with these options."""
+    monkeypatch.chdir(ROOT)
+    return partial(call, main, capfd)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    return offline_environment(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +75,7 @@ def weights(tmp_path_factory):
     """A small classifier with random weights, 3 blocks and 4 x 4 patches."""
     file = tmp_path_factory.mktemp("weights") / "small.safetensors"
     arguments = {"img_size": 64, "depth": 3, "num_classes": 5}
-    model = build(timm.create_model, "vit_tiny_patch16_224", **arguments)
+    model = tiny_timm("vit_tiny_patch16_224", **arguments)
     metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(arguments)}
     safetensors.torch.save_file(model.state_dict(), file, metadata)
     return file
@@ -69,9 +85,9 @@ QUICK = ("--steps", 2, "--sanity", 1, "--blocks", 1, "--baselines", "mean")
 
 
 @pytest.fixture(scope="module")
-def evaluated(some, photos, weights, offline, tmp_path_factory):  # noqa: F811
+def evaluated(some, photos, weights, offline, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "run"
-    methods = ("--methods", "daam", "attention", "centre")
+    methods = ("--methods", "daam", "attention", "random")
     options = ("--checkpoint", weights, "--images", some, "--annotations", photos / "masks", *QUICK, *methods)
     result = run(*options, "--out", out, env=offline)
     assert result.returncode == 0, result.stderr
@@ -84,11 +100,11 @@ def lines(file):
 
 def test_what_is_written(evaluated):
     out, result, _ = evaluated
-    assert "left out: image:" in result.stderr and "broken.jpg" in result.stderr
+    assert "skipped: image:" in result.stderr and "broken.jpg" in result.stderr
     found = lines(out / "photos.jsonl")
     assert sorted(record["photo"] for record in found) == ["cup/coffee.png", "flower.jpg", "motorcycle_left.png"]
     for record in found:
-        assert list(record["scores"]) == ["daam", "attention", "centre"]
+        assert list(record["scores"]) == ["daam", "attention", "random"]
         curves, scores = record["curves"]["daam"], record["scores"]["daam"]
         assert set(curves) == {"deletion_mean", "insertion_mean"} and len(curves["deletion_mean"]) == 3
         assert curves["deletion_mean"][0] == pytest.approx(record["probability"], abs=1e-4)
@@ -113,29 +129,31 @@ def test_what_is_written(evaluated):
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
-def test_same_command_again_computes_nothing_new(evaluated, offline):  # noqa: F811
+def test_same_command_again_computes_nothing_new(evaluated, evaluate):
     out, _, options = evaluated
     before = {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
     table = (out / "table.md").read_bytes()
-    result = run(*options, "--out", out, env=offline)
+    result = evaluate(*options, "--out", out)
     assert result.returncode == 0, result.stderr
     assert before == {p.name: p.read_bytes() for p in out.glob("*.jsonl")} and (out / "table.md").read_bytes() == table
 
 
-def test_dtype_is_that_of_the_curves_alone(evaluated, offline, tmp_path):  # noqa: F811
-    out, _, options = evaluated
-    result = run(*options, "--dtype", "bfloat16", "--sanity", 0, "--limit", 1, "--out", tmp_path, env=offline)
-    assert result.returncode == 0, result.stderr
-    (found,) = lines(tmp_path / "photos.jsonl")
-    exact = next(record for record in lines(out / "photos.jsonl") if record["photo"] == found["photo"])
-    assert found["probability"] == exact["probability"]
-    for method, scores in found["scores"].items():
-        curves = found["curves"][method]
+def test_dtype_is_that_of_the_curves_alone(evaluated, evaluate, tmp_path):
+    found, printed = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        options = (*evaluated[2], "--sanity", 0, "--limit", 1, "--dtype", dtype)
+        result = evaluate(*options, "--out", tmp_path / dtype)
+        assert result.returncode == 0, result.stderr
+        (found[dtype],), printed[dtype] = lines(tmp_path / dtype / "photos.jsonl"), result.stdout
+    rounded, exact = found["bfloat16"], found["float32"]
+    assert rounded["probability"] == exact["probability"]
+    for method, scores in rounded["scores"].items():
+        curves = rounded["curves"][method]
         assert curves != exact["curves"][method]
         for metric, score in scores.items():
             rounding = 0.01 if metric in curves else 0  # 8 bits of mantissa
             assert abs(score - exact["scores"][method][metric]) <= rounding
-    assert "it computes in bfloat16" in result.stdout and "computes in" not in evaluated[1].stdout
+    assert "bfloat16" in printed["bfloat16"] and "bfloat16" not in printed["float32"]
 
 
 @pytest.mark.parametrize(
@@ -148,24 +166,24 @@ def test_dtype_is_that_of_the_curves_alone(evaluated, offline, tmp_path):  # noq
         (("--dtype", "bfloat16"), "dtype"),
     ],
 )
-def test_other_settings_need_another_folder(other, name, evaluated, offline):  # noqa: F811
+def test_other_settings_need_another_folder(other, name, evaluated, evaluate):
     out, _, options = evaluated
-    result = run(*options, *other, "--out", out, env=offline)
-    one_line_error(result, f"error: out: {out} holds a run with another {name}; give another folder")
+    result = evaluate(*options, *other, "--out", out)
+    one_line_error(result, f"error: out: {out} holds a run with another {name}; choose another folder")
 
 
-def test_nothing_can_be_scored(evaluated, weights, offline, tmp_path):  # noqa: F811
+def test_nothing_can_be_scored(weights, evaluate, tmp_path):
     """The line says why, not that the run should go on."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     options = ("--checkpoint", weights, "--images", tmp_path / "photos", *QUICK, "--out", tmp_path / "out")
-    one_line_error(run(*options, env=offline), "error: images: none of the 1 photos could be scored; ", "broken.jpg")
+    one_line_error(evaluate(*options), "error: images: none of the 1 photos could be scored; ", "broken.jpg")
 
 
-def test_a_damaged_run(evaluated, offline, tmp_path):  # noqa: F811
+def test_a_damaged_run(evaluated, evaluate, tmp_path):
     (tmp_path / "run.json").write_text("[]")
-    result = run(*evaluated[2], "--out", tmp_path, env=offline)
-    one_line_error(result, "run.json is damaged; run the evaluation again, in another folder")
+    result = evaluate(*evaluated[2], "--out", tmp_path)
+    one_line_error(result, "run.json is damaged; run the evaluation again in another folder")
 
 
 def test_photos_of_a_folder(tmp_path):
@@ -187,32 +205,30 @@ def test_photos_of_a_folder(tmp_path):
     assert find_photos(place, listed, []) == ["a.jpg", "b.png"]
 
 
-def test_a_model_that_a_method_does_not_know(some, offline, tmp_path):  # noqa: F811
+def test_a_model_that_a_method_cannot_follow(some, evaluate, tmp_path):
     """One line, not one a photo."""
     arguments = {"img_size": 64, "depth": 2, "num_classes": 5}
-    weights = build(timm.create_model, "cait_xxs24_224", **arguments).state_dict()
+    weights = tiny_timm("cait_xxs24_224", **arguments).state_dict()
     metadata = {"architecture": "cait_xxs24_224", "model_args": json.dumps(arguments)}
     safetensors.torch.save_file(weights, tmp_path / "cait.safetensors", metadata)
     options = ("--checkpoint", tmp_path / "cait.safetensors", "--images", some, "--out", tmp_path / "out", *QUICK)
-    one_line_error(run(*options, env=offline), "error: methods: the attention of Cait is not scaled_dot_product_")
-    result = run(
-        *options[: -len(QUICK) - 1], tmp_path / "other", *QUICK, "--methods", "daam-heads", "centre", env=offline
-    )
+    one_line_error(evaluate(*options), "error: methods: the attention of Cait is not between all 17 tokens")
+    options = (*options[: -len(QUICK) - 1], tmp_path / "other", *QUICK)
+    result = evaluate(*options, "--methods", "daam-heads", "centre")
     assert result.returncode == 0, result.stderr
     assert len(lines(tmp_path / "other" / "sanity.jsonl")) == 1
 
 
-def test_a_killed_run_goes_on(some, weights, offline, tmp_path):  # noqa: F811
+def test_a_killed_run_continues(evaluated, offline, tmp_path):
     """Killed after its first photo, with half a line: the records are those of a run that was not."""
-    options = ("--checkpoint", weights, "--images", some, "--methods", "daam", "random", "--steps", 2, "--sanity", 3)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*options, "--out", whole, env=offline).returncode == 0
+    whole, _, options = evaluated
+    killed = tmp_path / "killed"
     file = killed / "photos.jsonl"
     process = subprocess.Popen(command(*options, "--out", killed), cwd=ROOT, env=offline, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 300
     while not (file.is_file() and file.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = file.read_bytes().count(b"\n")
@@ -225,16 +241,25 @@ def test_a_killed_run_goes_on(some, weights, offline, tmp_path):  # noqa: F811
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
-def test_self_supervised(some, offline, tmp_path):  # noqa: F811
-    out = tmp_path / "out"
-    (tmp_path / "list.txt").write_text("flower.jpg\n")
-    result = run("--model", "vit_small_patch14_selfsupervised", "--images", some, "--list", tmp_path / "list.txt",
-                 "--methods", "all", "candidates", *QUICK, "--sanity", 0, "--out", out, env=offline)  # fmt: skip
+def test_all_methods_with_a_memory_bank(some, evaluate, tmp_path):
+    backbone = write_backbone(tmp_path / "small.safetensors")
+    bank = write_bank(tmp_path / "bank", rows(60, BACKBONE["embed_dim"]), torch.arange(60) % 4)
+    result = evaluate("--checkpoint", backbone, "--bank", bank, "--images", some, "--limit", 2, *QUICK,
+                      "--methods", "all", "candidates", "--sanity", 0, "--out", tmp_path / "out")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    (record,) = lines(out / "photos.jsonl")
+    for record in lines(tmp_path / "out" / "photos.jsonl"):
+        assert set(record["scores"]) == set(METHODS) - {"daam-signed"}  # the same as daam without a classifier
+        assert re.fullmatch("class [0-3]", record["name"]) and 0 < record["probability"] <= 1
+
+
+def test_embedded_self_supervised_model(some, evaluate, tmp_path):
+    (tmp_path / "list.txt").write_text("flower.jpg\n")
+    result = evaluate("--model", "vit_small_patch14_selfsupervised", "--images", some, "--list", tmp_path / "list.txt",
+                      "--methods", "daam-heads", *QUICK, "--sanity", 0, "--out", tmp_path / "out")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (record,) = lines(tmp_path / "out" / "photos.jsonl")
     assert record["name"] == "sunflower" and 0 < record["probability"] <= 1
-    assert set(record["scores"]) == set(METHODS) - {"daam-signed"}  # that is the paper's own here
-    assert json.loads((out / "run.json").read_text())["bank"].endswith("embedded")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["bank"].endswith("embedded")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +267,10 @@ def test_self_supervised(some, offline, tmp_path):  # noqa: F811
     [
         (["--images", "nowhere"], "images: there is no folder nowhere"),
         (["--images", "tests"], "images: the folder tests has no images"),
-        (["--methods", "saliency"], f"methods: 'saliency' is none of them: all, candidates, {', '.join(METHODS)}"),
+        (
+            ["--methods", "saliency"],
+            f"methods: 'saliency' is unknown; choose from all, candidates, {', '.join(METHODS)}",
+        ),
         (["--model", "no_such_model"], "model: "),
         (["--bank", "memorybank/embedded"], "bank: vit_small_patch14_caltech101 has a classifier, whose scores are "),
         (["--list", "README.md"], "of its photos are not in"),
@@ -252,19 +280,19 @@ def test_self_supervised(some, offline, tmp_path):  # noqa: F811
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
     ],
 )
-def test_what_cannot_be_done(options, message, offline, tmp_path):  # noqa: F811
+def test_refusals(options, message, evaluate, tmp_path):
     given = ["--images", ROOT / ".img", "--out", tmp_path / "out", *options]
-    one_line_error(run(*given, env=offline), "error: ", message)
+    one_line_error(evaluate(*given), "error: ", message)
     assert not (tmp_path / "out").exists()
 
 
-def test_help(offline):  # noqa: F811
-    result = run("--help", env=offline)
-    assert result.returncode == 0 and "--methods" in result.stdout and "goes on when the same command" in result.stdout
+def test_help(evaluate):
+    result = evaluate("--help")
+    assert result.returncode == 0 and "--methods" in result.stdout and "give the same command again" in result.stdout
 
 
-def test_without_the_extra(offline, tmp_path):  # noqa: F811
-    """Where captum is not installed: a package of that name that cannot be imported stands before it."""
+def test_without_the_extra(offline, tmp_path):
+    """As if captum were not installed: a module of that name that cannot be imported comes before it."""
     (tmp_path / "captum.py").write_text("raise ModuleNotFoundError(name='captum')")
     result = run("--help", env=offline | {"PYTHONPATH": str(tmp_path)})
     one_line_error(result, "error: captum is not installed; pip install -e '.[evaluation]'")

@@ -1,0 +1,132 @@
+"""Draw the figures of an evaluation with matplotlib: removal curves, sanity checks and the flow block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evaluation.comparison import Row
+from evaluation.metrics import HEADINGS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTROLS = ("random", "centre")
+"""Methods that know nothing about the model; a method should be better."""
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#332288")
+"""Colours that colour-blind people can distinguish: Okabe and Ito, https://jfly.uni-koeln.de/color/; indigo by Tol."""
+OURS, VARIANTS, GREY = "#D55E00", "#E69F00", "#888888"
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
+
+
+def line_styles(methods: Sequence[str]) -> dict[str, dict]:
+    """Style every method: ours, the first, is thick, its variants (`<ours>-...`) share its hue, controls are grey."""
+    ours, variants, others, controls = methods[0], [], [], []
+    for method in methods[1:]:
+        (variants if method.startswith(f"{ours}-") else controls if method in CONTROLS else others).append(method)
+    styles = {ours: {"color": OURS, "linewidth": 3, "zorder": 3}}
+    for i, method in enumerate(variants):
+        styles[method] = {"color": VARIANTS, "linewidth": 1.3, "linestyle": DASHES[i % len(DASHES)]}
+    for i, method in enumerate(others):
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        styles[method] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.3, "linestyle": dash}
+    for i, method in enumerate(controls):
+        styles[method] = {"color": GREY, "linewidth": 1.3, "linestyle": DASHES[1 + i % 2], "zorder": 1}
+    return styles
+
+
+def curves_figure(photos: Sequence[dict], run: dict) -> Figure | None:
+    """Draw the mean probability of the class while patches are removed or put back; None if no photo has curves."""
+    measured = {name for record in photos for curves in record.get("curves", {}).values() for name in curves}
+    kinds = {"deletion": "removed (steeper fall is better)", "insertion": "put back (steeper rise is better)"}
+    baselines = [b for b in run["baselines"] if any(f"{kind}_{b}" in measured for kind in kinds)]
+    if not baselines:
+        return None
+    figure = _figure(10, 3.6 * len(baselines))
+    panels = figure.subplots(len(baselines), 2, sharex=True, sharey=True, squeeze=False)
+    for (baseline, kind), panel in zip([(b, k) for b in baselines for k in kinds], panels.flat):
+        for method, style in line_styles(run["methods"]).items():
+            curves = [c for r in photos if (c := r.get("curves", {}).get(method, {}).get(f"{kind}_{baseline}"))]
+            if curves:
+                mean = np.mean(curves, 0)
+                panel.plot(np.linspace(0, 100, len(mean)), mean, label=method, **style)
+        panel.set_title(f"{kind}, {baseline}", fontsize=11)
+        panel.set_xlim(0, 100)
+    panels[0, 0].set_ylim(0)  # shared by all panels
+    figure.suptitle(f"{run['model']}, {len(photos)} photo{'s' * (len(photos) != 1)}", fontsize=11)
+    for panel, words in zip(panels[-1], kinds.values()):
+        panel.set_xlabel(f"% of the patches {words}")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("probability of the class")
+    return _with_legend(figure, panels)
+
+
+def sanity_figure(sanity: Sequence[dict], run: dict) -> Figure | None:
+    """Draw the rank correlation with the original map while weights become random; None without records."""
+    figure = _figure(10, 4.6)
+    panel = figure.subplots()
+    stages = ["as trained", *run["stages"]]
+    for method, style in line_styles(run["methods"]).items():
+        falls = [fall for record in sanity if (fall := record["methods"].get(method, {}).get("randomised"))]
+        if falls:
+            panel.plot(range(len(stages)), [1, *np.abs(falls).mean(0)], label=method, **style)
+    if not panel.lines:
+        return None
+    panel.axhline(0, color="black", linewidth=0.6, zorder=0)
+    panel.set_xticks(range(len(stages)), stages, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_xlim(0, len(stages) - 1)
+    panel.set_xlabel("random weights down to here, from the top")
+    panel.set_ylabel("|rank correlation| with the map as trained")
+    panel.set_title("a map that depends on what was learned falls to 0", fontsize=11)
+    return _with_legend(figure, np.array([[panel]]))
+
+
+def blocks_figure(rows: Sequence[Row], run: dict) -> Figure | None:
+    """Draw the areas under the deletion and insertion curves of A_1 ... A_L with intervals; None without them."""
+    kinds = [kind for kind in ("deletion", "insertion") if any(row.metric.startswith(f"{kind}_") for row in rows)]
+    if not kinds:
+        return None
+    figure = _figure(4.8 * len(kinds), 3.6)
+    panels = figure.subplots(1, len(kinds), squeeze=False)
+    for kind, panel in zip(kinds, panels[0]):
+        metrics = dict.fromkeys(row.metric for row in rows if row.metric.startswith(f"{kind}_"))
+        for i, metric in enumerate(metrics):
+            measured = [row for row in rows if row.metric == metric]
+            blocks = [int(row.method.removeprefix("block ")) for row in measured]
+            means, colour = [row.mean for row in measured], (COLOURS[0], OURS)[i % 2]
+            style = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": "."}
+            panel.plot(blocks, means, label=metric.removeprefix(f"{kind}_"), **style)
+            bounds = [row.low for row in measured], [row.high for row in measured]
+            panel.fill_between(blocks, *bounds, color=colour, alpha=0.15, linewidth=0)
+            panel.set_xticks(blocks[:: math.ceil(len(blocks) / 16)])
+        panel.set_title(f"{kind}: {HEADINGS[metric][1]} is better", fontsize=11)
+        panel.set_xlabel("accumulated up to block")
+        panel.legend(title="baseline", frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("area under the curve")
+    photos = max(row.n for row in rows)
+    figure.suptitle(f"{run['model']}, {photos} photo{'s' * (photos != 1)}", fontsize=11)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Create a figure, size in inches, with its own canvas: no window, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _with_legend(figure: Figure, panels: np.ndarray) -> Figure:
+    """Add one legend for all panels, on the right."""
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.lines if line.get_label()[0] != "_"}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, handlelength=3)
+    for panel in panels.flat:
+        panel.grid(color="#e6e6e6", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
