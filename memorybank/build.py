@@ -191,8 +191,8 @@ def _extract(
             if not all(finite):
                 file = files[index[finite.index(False)]]
                 raise ValueError(f"model: the feature of {file} is not finite; check the weights for NaN")
-            with atomic_write(part) as whole:
-                torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, whole)
+            with atomic_write(part) as temporary:
+                torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, temporary)
             bar.update(len(index))
 
 

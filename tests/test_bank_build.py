@@ -1,4 +1,4 @@
-"""Building a bank: the result, builds that are shared, killed and refused."""
+"""Tests of `memorybank.build`: the result, builds on several ranks, and builds that are killed or refused."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder that nobody prepared: 44 + 11 photos, and what else lies in folders."""
+    """A folder of 44 + 11 photos, with the other files that real folders contain."""
     folder = tmp_path_factory.mktemp("photos")
     for n in range(44):
         below = "deep/er" if n % 4 == 0 else "."
@@ -90,7 +90,7 @@ def contents(folder):
 
 
 def test_build(built, checkpoint, photos):
-    """Against a plain loop: read, transform, forward, normalise, in the order of classes and files."""
+    """The bank is that of a plain loop: read, transform, forward, normalise, in the order of classes and files."""
     out, printed, err = built
     bank, loaded = MemoryBank.load(out), load(None, checkpoint)
     assert bank.class_names == ["Dog", "a b", "cat"] and bank.features.dtype == torch.float16
@@ -115,7 +115,7 @@ def test_build(built, checkpoint, photos):
 
 
 def test_one_rank_gives_the_same_bytes(built, checkpoint, photos, tmp_path, monkeypatch):
-    """In the environment that torchrun sets."""
+    """The process runs in the environment that torchrun sets."""
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     assert main([*map(str, command(checkpoint, photos, tmp_path / "b"))]) == 0
@@ -137,8 +137,8 @@ def test_a_new_bank_replaces_an_old_one_whole(built, checkpoint, photos, tmp_pat
     assert bank.features.dtype == torch.float32 and len(bank.labels) == 11 and bank.class_names == ["Dog", "cat"]
 
 
-def test_odd_names_and_links_to_nothing(checkpoint, tmp_path):
-    write_photo(tmp_path / "train" / "Café" / "a\udce9.png", 1)  # bytes that are no UTF-8
+def test_odd_names_and_broken_links(checkpoint, tmp_path):
+    write_photo(tmp_path / "train" / "Café" / "a\udce9.png", 1)  # bytes that are not UTF-8
     (tmp_path / "train" / "Café" / "gone.png").symlink_to("nowhere")
     bank = build(load(None, checkpoint), tmp_path / "train", tmp_path / "b", workers=0)
     assert list(bank["train"]["unreadable"]) == ["Café/gone.png"]
@@ -175,7 +175,7 @@ def wait_for_parts(out, count, process):
 
 @pytest.fixture(scope="module")
 def many(checkpoint, photos, tmp_path_factory):
-    """10 x 46 photos, one of each 46 broken, and the bank of an undisturbed build."""
+    """A folder of 10 x 46 photos, of which 10 are broken, with the bank of an undisturbed build."""
     folder = tmp_path_factory.mktemp("many")
     for n in range(10):
         shutil.copytree(photos / "train", folder / "train" / f"class {n:02d}")
@@ -187,7 +187,7 @@ def many(checkpoint, photos, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_killed_build_resumes(checkpoint, many, tmp_path, monkeypatch, capsys, ranks):
-    """kill -9 in the middle, of the process or of one of two ranks; then the same build, in one process."""
+    """`kill -9` ends the process, or one of two ranks; then one process runs the same build."""
     out = tmp_path / "out"
     process = start(*command(checkpoint, many, out), ranks=ranks, start_new_session=True)
     wait_for_parts(out, 6, process)
@@ -214,7 +214,7 @@ def test_a_killed_build_resumes(checkpoint, many, tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("step", range(1, 10))
 def test_a_build_may_be_killed_at_every_step_of_its_end(built, checkpoint, photos, tmp_path, monkeypatch, step):
-    """An older bank lies there; at every moment there is that one, none, or the new one, and never a mixture."""
+    """The folder holds an older bank; at every step it holds that bank, none or the new one, but never a mixture."""
     out = tmp_path / "b"
     loaded, settings = load(None, checkpoint), {"test": photos / "test", "batch_size": 4, "workers": 0}
     build(loaded, photos / "test", out, dtype="float32", workers=0)
@@ -250,10 +250,10 @@ def test_a_build_may_be_killed_at_every_step_of_its_end(built, checkpoint, photo
 
 
 def test_a_damaged_part_is_computed_again(built, checkpoint, photos, tmp_path, monkeypatch):
-    """As after a power cut."""
+    """A power cut can leave an empty part."""
     loaded, settings = load(None, checkpoint), {"test": photos / "test", "batch_size": 4, "workers": 0}
     with monkeypatch.context() as patch:
-        patch.setattr("memorybank.build._finish", lambda *arguments: 1 / 0)  # stands for the kill
+        patch.setattr("memorybank.build._finish", lambda *arguments: 1 / 0)  # instead of a kill
         with pytest.raises(ZeroDivisionError):
             build(loaded, photos / "train", tmp_path / "b", **settings)
     (tmp_path / "b" / ".building" / "train-000000.pt").write_bytes(b"")
@@ -265,8 +265,8 @@ def test_a_damaged_part_is_computed_again(built, checkpoint, photos, tmp_path, m
     assert contents(tmp_path / "b") == contents(built[0])
 
 
-def test_parts_without_a_plan_belong_to_nobody(built, checkpoint, photos, tmp_path):
-    """Of a build that was killed while it cleaned up."""
+def test_parts_without_a_plan_are_discarded(built, checkpoint, photos, tmp_path):
+    """A build that is killed during its clean-up leaves parts without a plan."""
     loaded = load(None, checkpoint)
     (tmp_path / "b" / ".building").mkdir(parents=True)
     stray = {"features": torch.zeros(4, 48).half(), "unreadable": {}}
@@ -275,10 +275,10 @@ def test_parts_without_a_plan_belong_to_nobody(built, checkpoint, photos, tmp_pa
     assert contents(tmp_path / "b") == contents(built[0])
 
 
-def test_strict_minds_what_was_left_out_before_it_was_killed(checkpoint, photos, tmp_path, monkeypatch):
+def test_strict_also_checks_images_that_an_earlier_build_skipped(checkpoint, photos, tmp_path, monkeypatch):
     loaded, settings = load(None, checkpoint), {"batch_size": 4, "workers": 0}
     with monkeypatch.context() as patch:
-        patch.setattr("memorybank.build._finish", lambda *arguments: 1 / 0)  # stands for the kill
+        patch.setattr("memorybank.build._finish", lambda *arguments: 1 / 0)  # instead of a kill
         with pytest.raises(ZeroDivisionError):
             build(loaded, photos / "train", tmp_path / "b", **settings)
     parts = set((tmp_path / "b").rglob("train-*.pt"))
@@ -315,7 +315,7 @@ def test_other_images_under_the_same_names_are_another_build(checkpoint, photos,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
-def test_two_builds_do_not_meet(checkpoint, photos, tmp_path):
+def test_two_builds_cannot_share_a_folder(checkpoint, photos, tmp_path):
     import fcntl
 
     (tmp_path / "b" / ".building").mkdir(parents=True)
@@ -355,7 +355,7 @@ def strangers(tmp_path):
         (strangers, ["--checkpoint", "nan.safetensors"], "model: the feature of .*1.png is not finite"),
     ],
 )  # fmt: skip
-def test_builds_that_cannot_be(checkpoint, tmp_path, monkeypatch, capsys, prepare, more, message):
+def test_refused_builds(checkpoint, tmp_path, monkeypatch, capsys, prepare, more, message):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     if "nan.safetensors" in more:

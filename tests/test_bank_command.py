@@ -1,4 +1,4 @@
-"""`python -m memorybank eval | info`, and command lines that are refused."""
+"""Tests of `python -m memorybank eval | info`, and of refused command lines."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def test_build_without_a_model(capsys):
 
 
 def test_eval(tmp_path, capsys):
-    """Of 300 test images; top-1 and top-5 as plain loops count them."""
+    """Top-1 and top-5 of 300 test images are those of plain loops."""
     centres = 0.7 * rows(20, 6, seed=5)
     train, test = (torch.arange(n) % 20 for n in (150, 300))
     z, f = (torch.nn.functional.normalize(centres[y] + rows(len(y), 6, s), dim=1) for y, s in ((train, 6), (test, 7)))

@@ -1,4 +1,4 @@
-"""Files of a bank: those that people have, and those that are refused."""
+"""Tests of the files of a bank: banks of other tools, and files that are refused."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from memorybank.__main__ import main
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_bank_of_eval_knn_loads_as_it_is(tmp_path, zipped):
-    """float32, no bank.json; torch 1.5 and earlier wrote no archive, which cannot be mapped."""
+    """Such a bank is float32 and has no bank.json; files of torch 1.5 and earlier cannot be memory-mapped."""
     folder = tmp_path / "ImageNet2012" / "model"
     folder.mkdir(parents=True)
     tensors = {"trainfeat": rows(1003, 8), "trainlabels": torch.arange(1003) % 1000}
@@ -40,7 +40,7 @@ class Evil:
 
 
 def bad(name, value, **metadata):
-    """A writer of a good bank in which one file is replaced."""
+    """Return a function that writes a good bank and then replaces one file."""
 
     def write(folder):
         write_bank(folder, rows(6, 4), torch.arange(6) % 3, **metadata)
@@ -90,7 +90,7 @@ def test_damaged_banks(tmp_path, capsys, write, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_nan_between_the_rows_that_are_looked_at_is_found_by_the_query(tmp_path):
+def test_nan_that_loading_does_not_see_is_found_by_the_query(tmp_path):
     features = rows(3000, 4)
     features[7] = torch.nan
     bank = MemoryBank.load(write_bank(tmp_path, features, torch.zeros(3000).long()))

@@ -1,4 +1,4 @@
-"""Images: every kind of file that people have."""
+"""Tests of images: colour modes, damaged files, folders."""
 
 import shutil
 

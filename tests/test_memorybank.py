@@ -1,4 +1,4 @@
-"""The memory bank: votes and importance against plain loops, exact queries in little memory, every error."""
+"""Tests of `MemoryBank`: votes and importance against plain loops, exact queries in little memory, refused queries."""
 
 import math
 import subprocess
@@ -78,7 +78,7 @@ def test_votes_and_importance_are_those_of_the_plain_loop(bank, k, temperature):
 
 @pytest.mark.parametrize(("k", "temperature"), VOTES)
 def test_the_method_and_the_bank_agree_with_the_plain_loop(bank, k, temperature):
-    """`daam_core.neighbour_importance` is the same in one function, for banks that fit into memory."""
+    """`daam_core.neighbour_importance` is the same as `MemoryBank.importance`, in one function."""
     features = 3 * torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
     importance = daam_core.neighbour_importance(features, bank.features, bank.labels, k, temperature)
     torch.testing.assert_close(importance, bank.importance(features, k, temperature))
@@ -178,7 +178,7 @@ print(watch.extra / 1e6)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count of memory")
 def test_a_query_never_holds_the_bank(tmp_path):
-    """A float16 bank of 115 MB, and of 230 MB once widened."""
+    """The float16 bank has 115 MB; as float32 it would have 230 MB."""
     folder = write_bank(tmp_path, rows(150_000, 384).half(), torch.arange(150_000) % 1000)
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, folder], cwd=ROOT, capture_output=True, text=True, timeout=300

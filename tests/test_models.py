@@ -1,4 +1,4 @@
-"""Models of timm: names, the hub and its cache, the transform, class names."""
+"""Tests of timm models: names, the hub and its cache, the transform, class names."""
 
 import pytest
 import timm

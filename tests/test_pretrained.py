@@ -1,4 +1,4 @@
-"""The embedded models and the embedded bank."""
+"""Tests of the embedded models and the embedded bank."""
 
 import re
 from collections import Counter
@@ -78,7 +78,7 @@ def test_the_backbone(pair):
 
 
 def test_the_first_blocks_are_those_of_the_classifier(pair, embedded):
-    """Both began with the same frozen blocks; the last four were trained."""
+    """Both models started with the same frozen blocks; only the last four were trained."""
     ours, theirs = pair[0].model.state_dict(), embedded.model.state_dict()
     same = {name for name, value in ours.items() if torch.equal(value, theirs[name])}
     trained = {
@@ -99,7 +99,7 @@ def test_the_bank_holds_the_training_photos(pair, embedded):
 
 
 def test_the_accuracy_of_the_card(pair):
-    """k = 20, T = 0.07, the stored features of the held-out photos against those of the training photos."""
+    """The card states the k-NN accuracy of the stored held-out features with k = 20 and T = 0.07."""
     features, labels = read_pair(BANK, "test")
     right = (pair[1].classify(features.float()).prediction == labels).float()
     accuracy = (torch.bincount(labels, right) / torch.bincount(labels)).mean().item()

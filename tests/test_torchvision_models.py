@@ -1,4 +1,4 @@
-"""`load("torchvision:...")`: names, caches and checkpoints that the tests make themselves."""
+"""Tests of `load("torchvision:...")` with local caches and checkpoints."""
 
 import shutil
 from functools import partial
@@ -43,7 +43,7 @@ class TinyWeights(WeightsEnum):
 
 
 def tiny_vit(*, weights: Optional[TinyWeights] = None, progress: bool = True, image_size=32, num_classes=3):  # noqa: UP045
-    """What torchvision's own builders do."""
+    """Build a model as torchvision's own builders do."""
     if weights is not None:
         image_size, num_classes = weights.transforms().crop_size[0], len(weights.meta["categories"])
     model = VisionTransformer(image_size, 8, 2, 2, 24, 48, num_classes=num_classes)
@@ -55,7 +55,7 @@ def tiny_vit(*, weights: Optional[TinyWeights] = None, progress: bool = True, im
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """torchvision knows it as `tiny_vit`; the weights of both entries lie in the cache of torch.hub."""
+    """Register `tiny_vit` with torchvision, with the weights of both entries in the cache of torch.hub."""
     monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "tiny_vit", tiny_vit)
     (tmp_path / "torch" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)

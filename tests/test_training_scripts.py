@@ -1,4 +1,4 @@
-"""The scripts that made the embedded models."""
+"""Tests of the scripts that trained the embedded models."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def export(backbone, path):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Random weights as an ONNX file, and three classes of 14 photos."""
+    """A folder with random weights as an ONNX file, and three classes of 14 photos."""
     folder = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
     backbone = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
@@ -141,7 +141,7 @@ def test_the_selfsupervised_script_resumes_and_ends_with_a_model_that_loads(work
 
 
 def test_a_script_runs_from_any_folder(tmp_path):
-    """The self-supervised script, which imports the other one."""
+    """The self-supervised script also imports the other one."""
     command = [sys.executable, SCRIPTS / "train_selfsupervised.py", "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "--frozen" in result.stdout, result.stderr

@@ -1,4 +1,4 @@
-"""`load("hf:...")`: folders, caches and servers that the tests make themselves."""
+"""Tests of `load("hf:...")` with local folders, caches and servers."""
 
 import hashlib
 import http.server
@@ -32,7 +32,7 @@ CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
 
 def saved(folder, kind="ViTForImageClassification", processor="ViTImageProcessor", **settings):
-    """A tiny random model as `save_pretrained` leaves it, and what it was made of."""
+    """Write a tiny random model with `save_pretrained`, and its image processor; return the model."""
     cls = getattr(transformers, kind)
     torch.manual_seed(0)
     model = cls(cls.config_class(**SHAPE, **settings)).eval()
@@ -266,7 +266,7 @@ CROPPED = {
     "feature_extractor_type": "DeiTFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225], "resample": 3,
 }  # fmt: skip
-"""As the oldest models on the hub have it."""
+"""Settings in the format of the oldest models on the hub."""
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_whole_picture_in_the_size_of_the_crop(tmp_path, settings, size, mea
 
 
 def cached(folder, tmp_path, repository="some/vit", revision="main", commit="0" * 40):
-    """What a download of a folder by huggingface_hub leaves behind."""
+    """Write what a download of a folder by huggingface_hub leaves behind."""
     cache = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
     (cache / "refs").mkdir(parents=True, exist_ok=True)
     (cache / "refs" / revision).write_text(commit)
@@ -350,7 +350,7 @@ def test_neither_a_folder_nor_a_name_of_the_hub(name):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A hub with the repository some/vit, which is the folder `site`; others are gated or do not exist."""
+    """A hub whose repository some/vit is the folder `site`; other repositories are gated or do not exist."""
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):

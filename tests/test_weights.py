@@ -1,4 +1,4 @@
-"""Weights: the layouts of checkpoints, the files that are refused, and the servers that are asked."""
+"""Tests of weights: layouts of checkpoints, refused files, and servers that do not answer."""
 
 import argparse
 import http.server
