@@ -332,5 +332,5 @@ def _read_json(path: Path) -> dict:
 
 
 def _is_imagenet(directory: Path, labels: Tensor) -> bool:
-    """Return whether a bank without class names has 1,000 classes and a path with ImageNet in it"""
+    """Return whether a bank without class names has 1,000 classes and a path with ImageNet in it."""
     return labels.max() == 999 and any("imagenet" in part.lower() for part in directory.absolute().parts)
