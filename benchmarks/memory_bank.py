@@ -1,9 +1,9 @@
-"""How fast a memory bank is built and queried, each against the least that it could take, within one run.
+"""Measure how fast a memory bank is built and queried, beside the least that this could take, within one run.
 
-    python benchmarks/memory_bank.py build --train FOLDER      images/s, beside those of a bare loader and forward
+    python benchmarks/memory_bank.py build --train FOLDER      images/s, beside a loader and forward without a bank
     python benchmarks/memory_bank.py query                     a bank of the size of ImageNet, beside one read of it
 
-The query's bank is synthetic, 1,281,167 x 384 float16, written to a temporary file (984 MB) and mapped as a real one.
+The bank of the queries is random, 1,281,167 x 384 float16, in a temporary file (984 MB) that is mapped like a real one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.machine import read_proc
 from command_line.options import find_device
 from memorybank import MemoryBank
 from memorybank.build import build, find_classes
@@ -33,20 +36,22 @@ from models import LoadedModel, load
 
 
 class Pictures(Dataset):
-    def __init__(self, files, transform):
+    """Photos from files, after a transform."""
+
+    def __init__(self, files: list[Path], transform: Callable[[Image.Image], Tensor]):
         self.files, self.transform = files, transform
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         with Image.open(self.files[i]) as file:
             return self.transform(file.convert("RGB"))
 
 
 @torch.inference_mode()
 def bare(loaded: LoadedModel, files: list[Path], batch_size: int, workers: int) -> None:
-    """The least that a bank takes: read every picture, forward it, and throw the features away."""
+    """Read every picture, run the model on it, and throw the features away: the least that a bank takes."""
     device = next(loaded.model.parameters()).device
     pictures = Pictures(files, loaded.transform)
     for images in DataLoader(pictures, batch_size, num_workers=workers, pin_memory=device.type == "cuda"):
@@ -54,27 +59,30 @@ def bare(loaded: LoadedModel, files: list[Path], batch_size: int, workers: int) 
     features.cpu()
 
 
-def seconds(function: Callable, *arguments) -> float:
+def seconds(function: Callable, *arguments: Any) -> float:
+    """Return how long a call takes."""
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began
 
 
 def summary(times: list[float]) -> str:
+    """Return median, least and most in words."""
     return f"median {statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
 
 
 def benchmark_build(options: argparse.Namespace) -> None:
+    """Build a bank several times, in turn with `bare`, and print images/s of both."""
     loaded = load(options.model, None, find_device(options.device))
-    files = [file for of_class in find_classes(options.train, "train").values() for file in of_class]
+    files = [file for files in find_classes(options.train, "train").values() for file in files]
     files = files[:: max(1, len(files) // options.images)][: options.images]
     times: dict[str, list[float]] = {"bare": [], "build": []}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for n, file in enumerate(files):
-            link = Path(place, "images", "class", f"{n:06d}{file.suffix}")
+            link = Path(folder, "images", "class", f"{n:06d}{file.suffix}")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
-        train, bank = Path(place, "images"), Path(place, "bank")
+        train, bank = Path(folder, "images"), Path(folder, "bank")
         links = sorted((train / "class").iterdir())
         settings = {"batch_size": options.batch_size, "workers": options.workers}
         bare(loaded, links[: options.batch_size], **settings)  # warm up
@@ -83,14 +91,14 @@ def benchmark_build(options: argparse.Namespace) -> None:
             times["build"].append(seconds(lambda: build(loaded, train, bank, **settings)))
     print(f"{loaded.name}, {len(links)} images, batch {options.batch_size}, {options.workers} workers, "
           f"{next(loaded.model.parameters()).device}, {options.repeat} times in turn")  # fmt: skip
-    for name, of_one in times.items():
-        print(f"  {name:<6} {summary(of_one)}, {len(links) / statistics.median(of_one):.1f} images/s")
+    for name, values in times.items():
+        print(f"  {name:<6} {summary(values)}, {len(links) / statistics.median(values):.1f} images/s")
     ratios = [a / b for a, b in zip(times["bare"], times["build"])]
     print(f"  build reaches {statistics.median(ratios):.3f} x ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def benchmark_query(options: argparse.Namespace) -> None:
-    """The bank is made here, and asked in a process of its own, so that its memory is that of the query."""
+    """Write a random bank, and query it in another process, so that the memory of this process is that of the query."""
     if options.bank is None:
         with tempfile.TemporaryDirectory(dir=options.place) as folder:
             features = torch.empty(options.rows, options.width, dtype=torch.float16)
@@ -103,11 +111,11 @@ def benchmark_query(options: argparse.Namespace) -> None:
     bank = MemoryBank.load(options.bank)
     rows, width = bank.features.shape
     queries = {batch: torch.randn(batch, width) for batch in options.batch}
-    times: dict[int, list[float]] = {batch: [] for batch in (0, *queries)}
+    times: dict[int, list[float]] = {batch: [] for batch in (0, *queries)}  # 0: one read of the bank
     extra = {}
     for batch, query in queries.items():
         with Watch() as watch:
-            bank.importance(query)  # warms up, too
+            bank.importance(query)  # also warms up
         extra[batch] = watch.extra
     for _ in range(options.repeat):
         times[0].append(seconds(lambda: bank.features.view(torch.int64).sum()))
@@ -124,7 +132,7 @@ def benchmark_query(options: argparse.Namespace) -> None:
 
 
 class Watch:
-    """The most anonymous memory that the process has within the `with`, above what it had before; bytes. Linux."""
+    """Peak of the anonymous memory of the process within a `with`: `extra` bytes above what it had before (Linux)."""
 
     def __enter__(self) -> Watch:
         self.before = self.peak = self.anonymous()
@@ -133,28 +141,30 @@ class Watch:
         self.thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.done.set()
         self.thread.join()
         self.extra = self.peak - self.before
 
     def look(self) -> None:
+        """Update the peak until the `with` ends."""
         while not self.done.wait(0.002):
             self.peak = max(self.peak, self.anonymous())
 
     @staticmethod
     def anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+        """Return the bytes of anonymous memory that the process has now."""
+        return read_proc("/proc/self/status", "RssAnon")
 
 
 def main() -> None:
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("build", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    make.add_argument("--train", type=Path, required=True, help="images, one sub-folder a class")
+    make.add_argument("--train", type=Path, required=True, help="folder of images, one sub-folder a class")
     make.add_argument("--model", default="vit_small_patch14_selfsupervised")
-    make.add_argument("--images", type=int, default=256, help="how many of them")
+    make.add_argument("--images", type=int, default=256, help="number of images")
     make.add_argument("--batch-size", type=int, default=64)
     make.add_argument("--workers", type=int, default=min(4, os.cpu_count()))
     make.add_argument("--device", default="auto")
@@ -166,7 +176,7 @@ def main() -> None:
     ask.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     ask.add_argument("--place", help="folder for the temporary bank")
     ask.add_argument("--repeat", type=int, default=7)
-    ask.add_argument("--bank", help="ask this bank, instead of a synthetic one")
+    ask.add_argument("--bank", help="query this bank instead of a random one")
     ask.set_defaults(run=benchmark_query)
     options = parser.parse_args()
     print(

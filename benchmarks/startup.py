@@ -1,11 +1,10 @@
-"""Where the time of the first picture goes: the supervised script from its start to the GIF, part by part.
+"""Measure where the time of the first picture goes: the supervised script from its start to the GIF, part by part.
 
     HF_ENDPOINT=http://127.0.0.1:9 python benchmarks/startup.py
 
-Every round starts two fresh processes in turn: Python with nothing to do, and Python that times the imports and the
-parts of the script, which runs in it. The parts follow each other and do not overlap. The question is what the script
-takes, until the GIF is there, beyond the imports of torch and timm, the model, the flow and the logit lens: 1 second is
-allowed.
+Every round starts two processes in turn: Python with nothing to do, and Python that imports and runs the script and
+measures each part. The parts follow one another and do not overlap. At most 1 second is allowed until the GIF is there,
+beyond the imports of torch and timm, the model, the flow and the logit lens.
 """
 
 from __future__ import annotations
@@ -22,23 +21,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "VIT_DynamicAccumulatedAttentionMap_oneSample"
 PHOTO = ROOT / ".img" / "coffee.png"
-FUNCTIONS = {"prepare": "load the model", "attention_flow": "flow", "readings": "read every block",
-             "read_image": "read the photo", "evolution": "describe the evolution", "manifest": "describe the run",
-             "save_result": "draw and write"}  # fmt: skip
-"""The script's global names that are timed."""
+FUNCTIONS = {
+    "load_model": "load the model", "read_image": "read the photo", "attention_flow": "flow",
+    "lens_outputs": "read every block", "evolution": "describe the evolution", "manifest": "describe the run",
+    "save_result": "draw and write",
+}  # fmt: skip
+"""Global names of the script that are measured."""
 NEEDED = ("import torch", "import timm", "load the model", "flow", "read every block")
 
 
 def parts(arguments: list[str]) -> dict[str, float]:
-    """Seconds of every part of the script, which runs in this process."""
-    seconds = {}
+    """Run the script in this process and return the seconds of every part."""
+    seconds: dict[str, float] = {}
 
     def timed(part: str, function: Callable) -> Callable:
-        def run(*args, **options):
+        def run(*args: Any, **options: Any) -> Any:
             began = time.perf_counter()
             try:
                 return function(*args, **options)
@@ -60,10 +62,11 @@ def parts(arguments: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the rounds and print median, least and most of every part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_small_patch14_caltech101")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", metavar="FILE", help=argparse.SUPPRESS)  # in a process of its own: times the parts
+    parser.add_argument("--parts", metavar="FILE", help=argparse.SUPPRESS)  # measure them in this process
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--image", str(PHOTO), "--model", options.model, "--output-dir", folder]
@@ -79,24 +82,24 @@ def main() -> None:
 
         rounds = []
         for _ in range(options.rounds):
-            told = Path(folder, "parts.json")
+            file = Path(folder, "parts.json")
             start = {"start and end of Python": seconds("-c", "pass")}
             began = time.time()
-            whole = seconds(__file__, "--model", options.model, "--parts", str(told))
+            whole = seconds(__file__, "--model", options.model, "--parts", str(file))
             (gif,) = Path(folder).rglob("flow.gif")
-            of_parts = start | json.loads(told.read_text())
-            needed = sum(of_parts[part] for part in NEEDED)
-            of_parts["end of the process"] = whole - sum(of_parts.values())
-            of_parts["from the start until the GIF is there"] = until = gif.stat().st_ctime - began  # its last renaming
-            of_parts["beyond torch, timm, model, flow, lens"] = until - needed
-            rounds.append(of_parts)
+            measured = start | json.loads(file.read_text())
+            needed = sum(measured[part] for part in NEEDED)
+            measured["end of the process"] = whole - sum(measured.values())
+            measured["from the start until the GIF is there"] = until = gif.stat().st_ctime - began  # its last renaming
+            measured["beyond torch, timm, model, flow, lens"] = until - needed
+            rounds.append(measured)
     print(
         f"{options.model}, Python {platform.python_version()}, {os.cpu_count()} CPUs, {options.rounds} rounds; seconds"
     )
     for part in rounds[0]:
-        values = [of_parts[part] for of_parts in rounds]
+        values = [measured[part] for measured in rounds]
         print(f"  {part:<36}{statistics.median(values):7.3f}  ({min(values):.3f} to {max(values):.3f})")
-    beyond = statistics.median(of_parts["beyond torch, timm, model, flow, lens"] for of_parts in rounds)
+    beyond = statistics.median(measured["beyond torch, timm, model, flow, lens"] for measured in rounds)
     print(f"  {'within 1 second' if beyond <= 1 else 'more than 1 second'}")
 
 

@@ -1,8 +1,8 @@
-"""The benchmark of the flow measures what it says, and docs/benchmarks.md shows what was measured."""
+"""Test the benchmarks: the numbers of the flow, their table in docs/benchmarks.md, the parts of the first picture."""
 
 import copy
-import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import flow, flow_report
+from benchmarks.flow_methods import METHODS, Method
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "flow.py"
 CASE = "vit_tiny_patch16_224:32:2"
-METHODS = ["forward", "forward + backward", "ours (fast)", "ours, one by one", "published", "rollout"]
+MEASURED = ["forward", "forward + backward", "ours (fast)", "ours, one by one", "published", "rollout"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -25,18 +28,10 @@ def run(*options, folder):
 
 
 @pytest.fixture(scope="module")
-def flow():
-    spec = importlib.util.spec_from_file_location("benchmark_flow", FILE)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What a small run printed, and its JSON."""
+    """The output of a small run, and its JSON."""
     folder = tmp_path_factory.mktemp("benchmark")
-    result = run("--cases", CASE, "--methods", *METHODS, "--rounds", 3, "--device", "cpu", "--out", ".", folder=folder)
+    result = run("--cases", CASE, "--methods", *MEASURED, "--rounds", 3, "--device", "cpu", "--out", ".", folder=folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "flow.png").read_bytes().startswith(b"\x89PNG")
     return result.stdout, json.loads((folder / "flow.json").read_text(encoding="utf-8"))
@@ -49,21 +44,21 @@ def test_json_has_every_round_of_every_method(measured):
     assert {key: case[key] for key in ("model", "pixels", "batch", "tokens", "rounds")} == {
         "model": "vit_tiny_patch16_224", "pixels": 32, "batch": 2, "tokens": 5, "rounds": 3,
     }  # fmt: skip
-    assert list(case["results"]) == METHODS
-    for told in case["results"].values():
-        assert len(told["seconds"]) == 3 and min(told["seconds"]) > 0
-        assert 0 <= told["peak_bytes"] < 1e9
-    least = {method: min(told["seconds"]) for method, told in case["results"].items()}
+    assert list(case["results"]) == MEASURED
+    for result in case["results"].values():
+        assert len(result["seconds"]) == 3 and min(result["seconds"]) > 0
+        assert 0 <= result["peak_bytes"] < 1e9
+    least = {method: min(result["seconds"]) for method, result in case["results"].items()}
     assert least["forward"] < least["forward + backward"] < least["ours, one by one"]
     weights = 4 * 5_717_416  # bytes of this model, each of which gets a gradient
-    peaks = {method: told["peak_bytes"] for method, told in case["results"].items()}
+    peaks = {method: result["peak_bytes"] for method, result in case["results"].items()}
     assert peaks["published"] > weights > peaks["ours (fast)"]
 
 
-def test_tables_come_from_the_json(measured, flow):
+def test_tables_come_from_the_json(measured):
     printed, report = measured
     report = copy.deepcopy(report)
-    assert flow.readme_table(report) in printed and flow.case_table(report["cases"][0]) in printed
+    assert flow_report.page_table(report) in printed and flow_report.case_table(report["cases"][0]) in printed
     report["cases"][0]["results"] = {
         "forward": {"seconds": [1.0, 2.0, 6.0], "peak_bytes": 11_000_000},
         "forward + backward": {"seconds": [4.0, 4.0, 8.0], "peak_bytes": 222_000_000},
@@ -71,64 +66,66 @@ def test_tables_come_from_the_json(measured, flow):
         "ours, one by one": {"seconds": [10.0, 8.8, 12.0], "peak_bytes": 105_000_000},
         "LeGrad": {"skipped": "it went on holiday"},
     }
-    table = flow.readme_table(report)
+    table = flow_report.page_table(report)
     assert (
         "| vit_tiny_patch16_224, 32 px, batch 2 | 0.50 x<br>11 MB | 4 s<br>222 MB | 1.10 x<br>210 MB |\n" in table
     )  # the medians of 1/4, 2/4, 6/8 and of 5/4, 4.4/4, 8/8
     assert "0.2 images/s one by one, 0.4 as a batch, 2.00 x" in table
     assert "- LeGrad: it went on holiday (everywhere)" in table
     row = "| forward | 2.000 (1.000 to 6.000) | 0.50 (0.25 to 0.75) | 1.0 | 11 MB |"
-    assert row in flow.case_table(report["cases"][0])
+    assert row in flow_report.case_table(report["cases"][0])
 
 
-def test_what_cannot_be_measured_is_told(flow, monkeypatch):
+def test_methods_that_are_skipped(monkeypatch):
     device, case = torch.device("cpu"), flow.Case.parse("vit_tiny_patch16_224:32:1")
     installed = flow.version
-    missing = {method.package for method in flow.METHODS.values()} - {None}
+    missing = {method.package for method in METHODS.values()} - {None}
     monkeypatch.setattr(flow, "version", lambda package: None if package in missing else installed(package))
     assert missing == {"daam-timm-vit", "grad-cam", "torchcam"}
     for method in ("daam-timm-vit", "Grad-CAM", "LeGrad"):
         measured = flow.measure(case, [method], device, torch.float32, 1, 0)
-        package = flow.METHODS[method].package
+        package = METHODS[method].package
         why = f'{package} is not installed: pip install -e ".[bench]"'
         assert measured["results"] == {method: {"skipped": why}}
-        assert f"| {method} | - | - | - | - |" in flow.case_table(measured)
-        assert f"- {method}: {why} (everywhere)" in flow.case_table(measured)
+        assert f"| {method} | - | - | - | - |" in flow_report.case_table(measured)
+        assert f"- {method}: {why} (everywhere)" in flow_report.case_table(measured)
 
-    monkeypatch.setattr(flow, "available", lambda device: 1e9)
+    monkeypatch.setattr(flow, "available_memory", lambda device: 1e9)
     large = flow.Case.parse("vit_small_patch8_224:1024:1")  # 12 blocks, 6 heads, 16,385 tokens
-    assert flow.reason_against("published", large, device) == (
-        "its attention matrices alone take 77 GB, of 1 GB that are free"
+    assert flow.reason_to_skip("published", large, device) == (
+        "its attention matrices alone take 77 GB, and 1 GB are free"
     )
-    assert flow.reason_against("ours (fast)", large, device) is None
-    assert large.build("meta").num_classes == 1000  # which timm gives no classifier of its own
+    assert flow.reason_to_skip("ours (fast)", large, device) is None
+    assert large.build("meta").num_classes == 1000  # timm builds this model without a classifier by default
 
 
-def test_a_process_that_fails_is_told(flow):
+def test_processes_that_fail():
+    context = multiprocessing.get_context("spawn")
+
     class Dead(flow.Worker):
         def __init__(self, how):
             self.seconds, self.skipped = [], None
-            self.connection, theirs = flow.fresh_processes().Pipe()
-            self.process = flow.fresh_processes().Process(target=exec, args=(how,))
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=exec, args=(how,))
             self.process.start()
             theirs.close()
 
     worker = Dead("import os; os.kill(os.getpid(), 9)")
     assert worker.answer("first call") is None
-    assert worker.told() == {"skipped": "it was killed, as happens where memory runs out"}
+    assert worker.result() == {"skipped": "it was killed, probably because memory ran out"}
     worker = Dead("import os; os._exit(3)")
-    assert worker.answer("first call") is None and worker.told() == {"skipped": "it ended with code 3"}
+    assert worker.answer("first call") is None and worker.result() == {"skipped": "it ended with code 3"}
 
 
-def test_maps_are_compared_before_anything_is_timed(flow, monkeypatch):
-    method = flow.METHODS["published"]
+def test_maps_are_compared_before_anything_is_timed(monkeypatch):
+    method = METHODS["published"]
     flow.check("published", flow.small_model())
 
     def almost(model):
         explain = method.make(model)
         return lambda images: explain(images) * 1.001
 
-    monkeypatch.setitem(flow.METHODS, "published", flow.Method(almost, "", same_maps=True))
+    monkeypatch.setitem(METHODS, "published", Method(almost, "", same_maps=True))
     with pytest.raises(ValueError, match=r"its maps differ from ours by 0\.001 of the largest value"):
         flow.check("published", flow.small_model())
 
@@ -136,39 +133,39 @@ def test_maps_are_compared_before_anything_is_timed(flow, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--cases", "deit_small_patch16_224"], "a case is MODEL:PIXELS:BATCH, got 'deit_small_patch16_224'"),
-        (["--cases", "deit_smal:224:1"], "'deit_smal' is no model of timm"),
-        (["--cases", "resnet18:224:1"], "resnet18 "),
-        (["--cases", "vit_small_patch8_224:100:1"], "100 pixels are no multiple of the patches"),
+        (["--cases", "deit_small_patch16_224"], "cases: expected MODEL:PIXELS:BATCH, got 'deit_small_patch16_224'"),
+        (["--cases", "deit_smal:224:1"], "cases: 'deit_smal' is not a model of timm"),
+        (["--cases", "resnet18:224:1"], "cases: resnet18 "),
+        (["--cases", "vit_small_patch8_224:100:1"], "cases: 100 pixels are not a multiple of the patch size"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--rounds", "0"], "expected 1 to 1000, got 0"),
         (["--device", "abacus"], "device: 'abacus' cannot be used"),
         (["--read", "nowhere.json"], "No such file"),
     ],
 )
-def test_bad_options_are_one_line(options, text, flow, capsys):
+def test_bad_options_are_one_line(options, text, capsys):
     with pytest.raises(SystemExit) as stop:
         flow.parse_options(options)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and text in error and error.count("\n") == 1
 
 
-def test_page_shows_what_was_measured(flow):
+def test_page_shows_what_was_measured():
     report = json.loads(flow.JSON.read_text(encoding="utf-8"))
-    page = flow.PAGE.read_text(encoding="utf-8")
-    start, end = map(re.escape, flow.MARKERS)
-    assert re.findall(f"{start}\n(.*?)\n{end}", page, re.DOTALL) == [flow.readme_table(report)]
+    page = flow_report.PAGE.read_text(encoding="utf-8")
+    start, end = map(re.escape, flow_report.MARKERS)
+    assert re.findall(f"{start}\n(.*?)\n{end}", page, re.DOTALL) == [flow_report.page_table(report)]
     assert f"](../{flow.PLOT.relative_to(ROOT)})" in page and flow.PLOT.is_file()
     cases = [f"{case['model']}:{case['pixels']}:{case['batch']}" for case in report["cases"]]
     assert cases and set(cases) <= set(flow.ALL)
 
 
 def test_startup_counts_every_second_once(tmp_path):
-    told = tmp_path / "parts.json"
-    command = [sys.executable, ROOT / "benchmarks" / "startup.py", "--parts", told]
+    file = tmp_path / "parts.json"
+    command = [sys.executable, ROOT / "benchmarks" / "startup.py", "--parts", file]
     result = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    parts = json.loads(told.read_text())
+    parts = json.loads(file.read_text())
     assert set(parts) == {
         "import torch", "import timm", "import the rest", "load the model", "read the photo", "flow",
         "read every block", "describe the evolution", "describe the run", "draw and write", "options and the like",
