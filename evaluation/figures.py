@@ -78,7 +78,7 @@ def sanity_figure(sanity: Sequence[dict], run: dict) -> Figure | None:
     panel.axhline(0, color="black", linewidth=0.6, zorder=0)
     panel.set_xticks(range(len(stages)), stages, rotation=45, ha="right", rotation_mode="anchor")
     panel.set_xlim(0, len(stages) - 1)
-    panel.set_xlabel("random weights down to here, from the top")
+    panel.set_xlabel("weights are random from the top down to here")
     panel.set_ylabel("|rank correlation| with the map as trained")
     panel.set_title("a map that depends on what was learned falls to 0", fontsize=11)
     return _with_legend(figure, np.array([[panel]]))

@@ -21,21 +21,21 @@ PERCENT = ("average_drop", "increase")
 """Metrics that are shown in percent."""
 
 MEANINGS = {
-    "deletion": "area under the curve of the class's probability while patches are removed, the most relevant first "
-    "(Petsiuk et al. 2018, [RISE](https://arxiv.org/abs/1806.07421)); in their place comes the mean colour of the "
-    "whole photo, or the photo blurred",
-    "insertion": "the same, while they are put back, the most relevant first",
+    "deletion": "area under the curve of the class's probability while patches are removed, the most relevant first; "
+    "the mean colour of the photo, or the blurred photo, takes their place (Petsiuk et al. 2018, "
+    "[RISE](https://arxiv.org/abs/1806.07421))",
+    "insertion": "the same while patches are put back, the most relevant first",
     "average_drop": "how much of the probability is lost when the photo is multiplied by the map (Chattopadhyay et al. "
     "2018, [Grad-CAM++](https://arxiv.org/abs/1710.11063))",
-    "increase": "photos whose probability rises by that (same source)",
-    "energy": "share of the map inside the annotated objects, whatever their class (Wang et al. 2020, [Score-CAM](https://arxiv.org/abs/1910.01279))",
-    "iou": "overlap of the annotated objects and the map above its mean (Chefer et al. 2021, "
+    "increase": "share of the photos whose probability rises when they are multiplied by the map (same source)",
+    "energy": "share of the map inside the annotated objects of any class (Wang et al. 2020, "
+    "[Score-CAM](https://arxiv.org/abs/1910.01279))",
+    "iou": "overlap of the annotated objects with the map above its mean (Chefer et al. 2021, "
     "[Transformer Interpretability](https://arxiv.org/abs/2012.09838))",
-    "sparsity": "how concise the map is, not how right: its Gini index, 0 flat to 1 one patch (Hurley and Rickard "
-    "2009, [Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
-    "randomised": "rank correlation, without its sign, with the map of the model whose weights are all random, one "
-    "draw for all photos (Adebayo et al. 2018, "
-    "[Sanity Checks](https://arxiv.org/abs/1810.03292))",
+    "sparsity": "how concise the map is, not how right: its Gini index, 0 for a flat map, 1 for a single patch (Hurley "
+    "and Rickard 2009, [Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
+    "randomised": "absolute rank correlation with the map of the model with random weights, the same for all photos "
+    "(Adebayo et al. 2018, [Sanity Checks](https://arxiv.org/abs/1810.03292))",
     "class": "rank correlation with the map of another class",
     "flip": "rank correlation with the map of the mirrored photo, mirrored back",
 }
@@ -93,15 +93,15 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
     """
     ours = run["methods"][0]
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
-    of = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
-    what = f"{of} of `{run['images']}`, model `{run['model']}`; explained is the class that it predicts"
+    photos = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
+    what = f"{photos} of `{run['images']}`, model `{run['model']}`; the maps explain the class that it predicts"
     if run["dtype"] != "float32":
-        what += f"; where patches are removed or put back it computes in {run['dtype']}"
-    notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is."]
+        what += f"; deletion and insertion are computed in {run['dtype']}"
+    notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is better."]
     if done > 1:
         notes += [
-            f"Mean [95 % interval, by bootstrap over the photos]. ▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in "
-            "a sign-flip permutation test, paired by photo, with Holm's correction over the methods of a column."
+            f"Mean [95 % bootstrap interval over the photos]. ▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in a "
+            "paired sign-flip permutation test with Holm's correction over the methods of a column."
         ]
     measured = {row.metric for row in rows}
     meanings = [
@@ -120,8 +120,8 @@ def block_tables(rows: Sequence[Row], run: dict) -> str:
     """Return the Markdown of the accumulated maps A_1 ... A_L; arguments as in `method_tables`."""
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     note = (
-        f"The attention flow of {run['methods'][0]}, block by block: its map after block b is the sum of those of the "
-        f"blocks 1 to b. Model `{run['model']}`; mean [95 % interval, by bootstrap over the photos]; bold: best."
+        f"The attention flow of {run['methods'][0]}, block by block: its map after block b is the sum of the maps of "
+        f"blocks 1 to b. Model `{run['model']}`; mean [95 % bootstrap interval over the photos]; bold: best."
     )
     return "\n".join(tables) + f"\n{note}\n"
 

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import math
+from pathlib import Path
 
 import pytest
 from tiny_records import METHODS, make_photos
@@ -10,9 +12,10 @@ from tiny_records import METHODS, make_photos
 from evaluation import metrics, tables
 from evaluation.comparison import Row, statistics
 from evaluation.records import photo_values
-from evaluation.tables import markdown_table, to_csv
+from evaluation.tables import markdown_table, method_tables, to_csv
 
 NAN = math.nan
+RESULTS = Path(__file__).parents[1] / "evaluation" / "results"
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -36,14 +39,18 @@ def test_table():
     assert markdown_table(rows, ["iou"]) == ""
 
 
+def read_csv(text):
+    rows = []
+    for line in csv.DictReader(io.StringIO(text)):
+        numbers = {k: float(v) if v else NAN for k, v in line.items() if k not in ("method", "metric", "direction")}
+        rows.append(Row(**line | numbers | {"n": int(line["n"])}))
+    return rows
+
+
 def test_csv_is_read_back_as_it_was():
     values = photo_values(make_photos(5), METHODS)
     rows = statistics(values, "daam") + [Row('a, "b"', "iou", "higher", 1, 1 / 3, NAN, NAN)]
-    read = []
-    for line in csv.DictReader(io.StringIO(to_csv(rows))):
-        numbers = {k: float(v) if v else NAN for k, v in line.items() if k not in ("method", "metric", "direction")}
-        read.append(Row(**line | numbers | {"n": int(line["n"])}))
-    assert repr(read) == repr(rows)
+    assert repr(read_csv(to_csv(rows))) == repr(rows)
     header = "method,metric,direction,n,mean,low,high,difference,difference_low,difference_high,p"
     assert to_csv([]) == header + "\n"
 
@@ -53,3 +60,11 @@ def test_a_meaning_of_every_metric():
         assert sum(metric.startswith(key) for key in tables.MEANINGS) == 1
         assert sum(metric in names for names in tables.TABLES.values()) == 1
     assert all(direction in ("lower", "higher") for _, direction in metrics.METRICS.values())
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted(RESULTS.iterdir())])
+def test_published_tables_are_those_of_their_csv(name):
+    run = {"dtype": "float32"} | json.loads((RESULTS / name / "run.json").read_text(encoding="utf-8"))
+    rows = read_csv((RESULTS / name / "table.csv").read_text(encoding="utf-8"))
+    table = method_tables(rows, run, max(row.n for row in rows))
+    assert (RESULTS / name / "table.md").read_text(encoding="utf-8") == table
