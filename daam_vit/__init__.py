@@ -1,7 +1,7 @@
 """What the method in `daam_core` is made of. A module imports only modules above it, and never `daam_core`.
 
-libraries    what timm, torchvision and transformers call things
 state        hooks and flags that are set on a model and put back
+libraries    what timm, torchvision and transformers call things
 plan         which attention layers are decomposed, and where their keys lie in the picture
 attention    records the attention of a running model
 shortcuts    computes less, with the same result
