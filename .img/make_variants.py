@@ -1,8 +1,9 @@
-"""Draw variants.jpg: what the evaluation found, on photos of this folder: the map of the paper and of variant="heads",
-accumulated and of the last block alone, by the embedded model. On A_12 stands its deletion (mean colour, 10 steps), the
-lower the better; on block 12 how much of A_12 it is.
+"""Draw variants.jpg: maps of the paper and of variant="heads", accumulated and of the last block alone.
 
     python .img/make_variants.py
+
+The embedded model explains photos of this folder. A_12 is labelled with its deletion (mean colour, 10 steps; lower is
+better), block 12 with its share of A_12.
 """
 
 import sys
@@ -26,7 +27,7 @@ WIDTH, GAP, LINE = 240, 6, 24
 
 
 def row(loaded, photo: Image.Image) -> list[Image.Image]:
-    """The photo and its four maps."""
+    """Return the photo and its four maps."""
     small = photo.resize((WIDTH, round(WIDTH * photo.height / photo.width)), Image.Resampling.LANCZOS)
     tiles = [small]
     image = loaded.transform(photo)
@@ -44,6 +45,7 @@ def row(loaded, photo: Image.Image) -> list[Image.Image]:
 
 
 def main() -> None:
+    """Draw a row for every photo and save the page."""
     loaded = load("vit_small_patch14_caltech101")
     rows = [row(loaded, read_image(HERE / name)) for name in PHOTOS]
     height = LINE + sum(tiles[0].height + GAP for tiles in rows)
