@@ -1,0 +1,98 @@
+"""Test the picture of how a decision forms: what lies where, and what it refuses."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from daam_core import evolution_picture
+from daam_vit import plots
+
+
+def pixels(picture):
+    """Return the colour of every pixel as one number 0xRRGGBB, `(H, W)`."""
+    return np.asarray(picture).astype(np.int32) @ [1 << 16, 1 << 8, 1]
+
+
+def rgb(colour):
+    """Return "#c8500a" as 0xc8500a."""
+    return int(colour.removeprefix("#"), 16)
+
+
+def colour_of_map(block):
+    """Return the colour of the map of a block in `draw`."""
+    return (9 << 16) + ((90 + block) << 8)
+
+
+def draw(blocks=4, several=1, leads_from=3, size=(60, 40), name="cup", **more):
+    """Draw maps that have one colour each, and curves that rise to 80, 70, ... per cent."""
+    frames = [[Image.new("RGB", size, (9, 90 + b, 10 * k)) for b in range(blocks)] for k in range(several)]
+    names = [f"{name} {k}" for k in range(several + 1)]
+    curves = [(n, np.linspace(0.1, 0.8 - 0.1 * k, blocks).tolist()) for k, n in enumerate(names)]
+    shares = [[1 / blocks] * blocks] * several
+    return evolution_picture(frames, curves, shares, [names[0]] * blocks, leads_from, **more)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 12, 24])
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (300, 20)], ids=["landscape", "portrait", "panorama"])
+def test_every_map_stands_above_its_point_and_its_bar(blocks, size):
+    several = 2
+    picture = pixels(draw(blocks, several, blocks, size))
+    orange = picture == rgb(plots._CLASS_COLOURS[0])
+    middles = []
+    for b in range(blocks):
+        rows, columns = (picture == colour_of_map(b)).nonzero()
+        assert len(rows) > 50
+        assert abs((np.ptp(columns) + 1) / (np.ptp(rows) + 1) / (size[0] / size[1]) - 1) < 0.3  # its own shape
+        middles.append(columns.mean())
+        assert orange[rows.max() + 1 :, round(middles[-1])].any()  # its point
+    assert middles == pytest.approx(np.linspace(middles[0], middles[-1], blocks).tolist(), abs=1.5)
+    assert picture.shape[1] >= 1500
+
+
+def test_what_leads_is_tinted_from_its_block_on():
+    tinted, plain = pixels(draw(leads_from=3)), pixels(draw(leads_from=None))
+    tint = rgb(plots._TINT)
+    second, third, columns = ((tinted == c).any(0).nonzero()[0] for c in (colour_of_map(1), colour_of_map(2), tint))
+    assert second.max() < columns.min() < third.mean()
+    assert not (plain == tint).any()
+
+
+def test_names_are_cut_and_nothing_is_drawn_over_the_edges():
+    for leads_from in (1, 12, None):
+        picture = pixels(draw(12, 3, leads_from, name="a very long name of a class, " * 5, note="a word " * 80))
+        for edge in (picture[:8], picture[:, :8], picture[:, -6:], picture[-8:]):
+            assert (edge == 0xFFFFFF).all()
+
+
+def test_a_note_and_a_word_for_the_values():
+    plain, noted = draw(), draw(note="a word " * 60)
+    assert noted.height > plain.height and noted.width == plain.width
+    assert draw(quantity="share of the votes").tobytes() != plain.tobytes()
+    assert draw().tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("places", [[50.0], [10.0, 11.0, 90.0], [99.0, 98.0, 97.0, 96.0], [0.0, 0.0, 0.0]])
+def test_labels_are_moved_apart(places):
+    moved = plots._apart(places, 10, 0, 100)
+    assert sorted(range(len(places)), key=lambda i: (places[i], i)) == sorted(range(len(places)), key=moved.__getitem__)
+    gaps = np.diff(sorted(moved))
+    assert (gaps >= 10 - 1e-9).all() and min(moved) >= 0 and max(moved) <= 100
+    if len(places) == 1:
+        assert moved == places
+
+
+@pytest.mark.parametrize(
+    "frames, curves, shares, leaders, leads_from, match",
+    [
+        (0, 1, 1, 4, None, r"^frames: expected as many for every class as .* got \[\[\], \[4\], \[4\], \[4\]\]$"),
+        (1, 1, 2, 4, None, "^frames: expected as many for every class"),
+        (2, 1, 2, 4, None, "^frames: expected as many for every class"),
+        (1, 1, 1, 3, None, r"got \[\[4\], \[4\], \[4\], \[3\]\]$"),
+        (1, 2, 1, 4, 5, "^leads_from: expected None or a block, 1 to 4, got 5$"),
+        (1, 2, 1, 4, 0, "^leads_from: expected None or a block, 1 to 4, got 0$"),
+    ],
+)
+def test_picture_errors(frames, curves, shares, leaders, leads_from, match):
+    frames = [[Image.new("RGB", (6, 4))] * 4] * frames
+    with pytest.raises(ValueError, match=match):
+        evolution_picture(frames, [("cup", [0.5] * 4)] * curves, [[0.25] * 4] * shares, ["cup"] * leaders, leads_from)
