@@ -1,10 +1,10 @@
-"""The support table of docs/models.md: one small random-weight model a row, decomposed here and now.
+"""Support table of docs/models.md: for every row, decompose a small model with random weights.
 
     python tests/support_table.py              # prints the table
-    python tests/support_table.py --write      # puts it into docs/models.md
+    python tests/support_table.py --write      # writes it into docs/models.md
 
-The last column is the largest |sum_j S_b[j] - T_b| over all blocks, images and query rows. S_b is what daam_core makes
-its maps of; T_b is taken by hooks of its own, from the module that reads it. tests/test_families.py has the same rows.
+The last column is the largest |sum_j S_b[j] - T_b| over all blocks, images and query rows. S_b comes from the recorder,
+whose matrices daam_core weights; T_b comes from hooks of this file, on the module that reads it.
 """
 
 from __future__ import annotations
@@ -15,46 +15,65 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torchvision
 from timm.layers import Attention
+from timm.models.mlp_mixer import MlpMixer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.volo import VOLO
-from tiny_models import TINY, build, random_images, tiny_timm
+from tiny_models import TINY, build, random_images, tiny_timm, tiny_torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.swin_transformer import SwinTransformer
 
-import daam_core
 from daam_core import AttentionFlow, UnsupportedModel, attention_flow
+from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, repeat_heads
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 MARKERS = "<!-- table: support -->", "<!-- end of table -->"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
+    """A model of the table."""
+
     family: str
     example: str
     """The name with which people ask for such a model."""
     make: Callable[[], nn.Module]
     size: tuple[int, int] = (32, 32)
-    images: Callable[[nn.Module], dict[str, Tensor]] | None = None
-    """Other inputs than `(2, 3, H, W)`."""
+    batch: Callable[[], dict[str, Tensor]] | None = None
+    """Images that are not `(B, 3, H, W)`."""
     flow: dict = field(default_factory=dict)
     """Options of `attention_flow`."""
 
+    @property
+    def name(self) -> str:
+        """Family and example, and which options there are."""
+        return " ".join([f"{self.family}: {self.example}", *self.flow])
 
-def from_timm(family: str, name: str, size: int = 32, flow: dict | None = None, images=None, **options) -> Row:
-    """A row for a timm name, shrunken to TINY unless the options say otherwise; what follows the name says which."""
+    def images(self, count: int = 2) -> Tensor | dict[str, Tensor]:
+        """Return a batch of images."""
+        return self.batch() if self.batch else random_images(count, 3, *self.size)
+
+
+def row_of(family: str) -> Row:
+    """Return the first row of a family."""
+    return next(row for row in DECOMPOSED + ALL_ROWS + REFUSED if row.family == family)
+
+
+def from_timm(family: str, name: str, size: int = 32, flow: dict | None = None, batch=None, **options) -> Row:
+    """Make a row for a timm name, in the size of TINY unless the options say otherwise."""
     example = f"{name} (global_pool='token')" if options.get("global_pool") == "token" else name
     options = {**TINY, **options} if options.pop("tiny", True) else options
-    return Row(family, example, lambda: tiny_timm(name.split(" ")[0], **options), (size, size), images, flow or {})
+    return Row(family, example, lambda: tiny_timm(name.split(" ")[0], **options), (size, size), batch, flow or {})
 
 
 def from_transformers(family: str, name: str, flow: dict | None = None, attention: str = "sdpa", **options) -> Row:
-    """A row for a class of transformers; the configuration has the same name."""
+    """Make a row for a class of transformers; its configuration has the same name."""
 
     def make() -> nn.Module:
         import transformers
@@ -69,8 +88,8 @@ def from_transformers(family: str, name: str, flow: dict | None = None, attentio
     return Row(family, f"transformers {name}, {attention}", make, flow=flow or {})
 
 
-def naflex_batch(model: nn.Module) -> dict[str, Tensor]:
-    """Two images of 4 x 4 and 3 x 5 patches, the second one with a place that is not filled."""
+def naflex_batch() -> dict[str, Tensor]:
+    """Return two images of 4 x 4 and 3 x 5 patches; the second one has a place that is not filled."""
     coord = [[(y, x) for y in range(h) for x in range(w)] for h, w in ((4, 4), (3, 5))]
     coord[1].append((0, 0))
     return {
@@ -81,6 +100,8 @@ def naflex_batch(model: nn.Module) -> dict[str, Tensor]:
 
 
 class GatedAttention(Attention):
+    """Attention of timm with a gate after the sum."""
+
     def __init__(self, *args, **options):
         super().__init__(*args, gated=True, **options)
 
@@ -92,19 +113,12 @@ def tiny_volo() -> nn.Module:
     )  # fmt: skip
 
 
-def tiny_mvit() -> nn.Module:
+def tiny_mvit(use_cls_token: bool = True, global_pool: str = "token") -> nn.Module:
     config = MultiScaleVitCfg(
-        depths=(1, 1, 2), embed_dim=(24, 48, 96), num_heads=(1, 2, 4), use_cls_token=True,
+        depths=(1, 1, 2), embed_dim=(24, 48, 96), num_heads=(1, 2, 4), use_cls_token=use_cls_token,
         stride_q=((1, 1), (2, 2), (2, 2)),
     )  # fmt: skip
-    return build(MultiScaleVit, config, img_size=64, num_classes=5, global_pool="token")
-
-
-def tiny_torchvision(**options) -> nn.Module:
-    return build(
-        torchvision.models.VisionTransformer, image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=24,
-        mlp_dim=48, num_classes=5, **options,
-    )  # fmt: skip
+    return build(MultiScaleVit, config, img_size=64, num_classes=5, global_pool=global_pool)
 
 
 TOKEN, PATCHES = {"global_pool": "token"}, {"rows": "patches"}
@@ -114,6 +128,8 @@ CROSSVIT = {"embed_dim": [24, 48], "num_classes": 5, "tiny": False, "size": 240}
 PIT = {"img_size": 64, "base_dims": [12, 12, 12], "depth": [1, 1, 2], "num_classes": 5, "tiny": False, "size": 64}
 TNT = {"img_size": 64, "embed_dim": 48, "inner_dim": 8, "depth": 3, "num_heads_inner": 2, "num_heads_outer": 2,
        "num_classes": 5, "tiny": False, "size": 64}  # fmt: skip
+SMALL = {"img_size": 64, "tiny": False, "size": 64}
+SWIN = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1), **SMALL}
 XCIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "tiny": False}
 
 DECOMPOSED = [
@@ -151,7 +167,7 @@ DECOMPOSED = [
     from_timm("BEiT-3", "beit3_base_patch16_224", **TOKEN),
     from_timm("relative position", "vit_relpos_base_patch16_cls_224"),
     from_timm("NaFlexViT", "naflexvit_base_patch16_radio_v3", **NAFLEX, **TOKEN),
-    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_radio_v3", images=naflex_batch, **NAFLEX, **TOKEN),
+    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_radio_v3", batch=naflex_batch, **NAFLEX, **TOKEN),
     from_timm("NaFlexViT, attention pool", "naflexvit_base_patch16_map", **NAFLEX),
     from_timm("CaiT", "cait_xxs24_224"),
     from_timm("XCiT/16", "xcit_small_12_p16_224", size=64, img_size=64, **XCIT),
@@ -184,27 +200,28 @@ ALL_ROWS = [
     from_timm("BEiT, default", "beit_base_patch16_224", flow=PATCHES),
     from_timm("EVA-02, default", "eva02_base_patch14_448", flow=PATCHES),
     from_timm("DINOv3, default", "vit_small_patch16_dinov3", flow={**PATCHES, **ONES}, num_classes=0),
-    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_gap", images=naflex_batch, flow=PATCHES, **NAFLEX),
+    from_timm("NaFlexViT, padded batch", "naflexvit_base_patch16_gap", batch=naflex_batch, flow=PATCHES, **NAFLEX),
     from_transformers("DINOv2 classifier", "Dinov2ForImageClassification", flow=PATCHES),
     from_transformers("BEiT, default", "BeitForImageClassification", flow=PATCHES, use_relative_position_bias=True),
 ]
 REFUSED = [
-    from_timm("Swin", "swin_tiny_patch4_window7_224", tiny=False, size=224),
-    from_timm("Swin v2", "swinv2_tiny_window8_256", tiny=False, size=256),
-    from_timm("MaxViT", "maxvit_tiny_rw_224", tiny=False, size=224),
-    from_timm("Hiera", "hiera_tiny_224", tiny=False, size=224),
-    from_timm("LeViT", "levit_128s", tiny=False, size=224),
-    from_timm("PVT v2", "pvt_v2_b0", tiny=False, size=224),
-    from_timm("MViTv2 without a class token", "mvitv2_tiny", tiny=False, size=224),
-    from_timm("CoaT", "coat_tiny", tiny=False, size=224),
-    from_timm("MLP-Mixer", "mixer_s32_224", tiny=False, size=224),
-    from_timm("ResNet", "resnet18", tiny=False, size=224),
-    Row("ResNet", "torchvision resnet18", torchvision.models.resnet18, (64, 64)),
-    Row("Swin", "torchvision swin_t", torchvision.models.swin_t, (64, 64)),
+    from_timm("Swin", "swin_tiny_patch4_window7_224", window_size=4, **SWIN),
+    from_timm("Swin v2", "swinv2_tiny_window8_256", window_size=4, **SWIN),
+    from_timm("MaxViT", "maxvit_tiny_rw_224", depths=(1,) * 4, embed_dim=(32,) * 4, stem_width=8, **SMALL),
+    from_timm("Hiera", "hiera_tiny_224", embed_dim=12, num_heads=1, stages=(1,) * 4, size=64, tiny=False),
+    from_timm("LeViT", "levit_128s", embed_dim=(16,) * 3, depth=(1,) * 3, num_heads=(2,) * 3, key_dim=8, **SMALL),
+    from_timm("PVT v2", "pvt_v2_b0", embed_dims=(8,) * 4, depths=(1,) * 4, num_heads=(1,) * 4, size=64, tiny=False),
+    Row("MViTv2 without a class token", "mvitv2_tiny", partial(tiny_mvit, use_cls_token=False, global_pool="avg"),
+        (64, 64)),
+    from_timm("CoaT", "coat_tiny", embed_dims=(8,) * 4, serial_depths=(1,) * 4, parallel_depth=1, num_heads=1, **SMALL),
+    Row("MLP-Mixer", "mixer_s32_224", partial(build, MlpMixer, img_size=64, embed_dim=24, num_blocks=1), (64, 64)),
+    from_timm("ResNet", "resnet18", layers=(1,) * 4, size=64, tiny=False),
+    Row("ResNet", "torchvision resnet18", partial(build, ResNet, BasicBlock, [1] * 4), (64, 64)),
+    Row("Swin", "torchvision swin_t", partial(build, SwinTransformer, [4, 4], 12, [1, 1], [1, 1], [4, 4]), (64, 64)),
     from_timm("mean of the patches", "beit_base_patch16_224"),
     from_timm("mean of the patches, no class token", "vit_base_patch16_gap_224", class_token=False, global_pool="avg"),
     from_transformers("class token beside the mean of the patches", "Dinov2ForImageClassification"),
-]
+]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,24 +231,33 @@ REFUSED = [
 
 @dataclass(frozen=True)
 class Measured:
+    """A flow, and what was seen of its attention."""
+
     flow: AttentionFlow
     S: list[Tensor]
-    """`(B, N, Q, C)` of every attention that was decomposed, of its first Q queries: what daam_core weights."""
+    """`(B, N, Q, C)` of every attention that was decomposed, for its first Q queries."""
     T: list[Tensor]
     """`(B, Q, C)`, seen where the next module reads it."""
     C: list[Tensor]
-    """`(B, M, C)`: the gradient that came there, for all M queries."""
+    """`(B, M, C)`: the gradient that arrived there, for all M queries."""
 
     @property
     def error(self) -> float:
+        """Largest |sum_j S_b[j] - T_b|."""
         return max((S.sum(1) - T).abs().max().item() for S, T in zip(self.S, self.T, strict=True))
 
 
+@cache
+def measured(row: Row) -> Measured:
+    """Return `measure(row)`, computed once for all tests."""
+    return measure(row)
+
+
 def measure(row: Row) -> Measured:
+    """Run `attention_flow` on the model of a row and watch its attention."""
     model = row.make()
-    images = row.images(model) if row.images else random_images(2, 3, *row.size)
     with semantic_maps() as maps, attention_outputs(model) as (outputs, gradients):
-        flow = attention_flow(model, images, **row.flow)
+        flow = attention_flow(model, row.images(), **row.flow)
     modules = [module for module in outputs if module in maps]  # in the order of the forward
     return Measured(
         flow,
@@ -243,26 +269,28 @@ def measure(row: Row) -> Measured:
 
 @contextmanager
 def semantic_maps():
-    """S_b `(B, N, Q, C)` by the module, from what daam_core makes its maps of."""
+    """Collect S_b `(B, N, Q, C)` by the module, from the matrices that the recorder hands to daam_core."""
     maps = {}
-    receive = daam_core._Attention.receive
+    init = AttentionRecorder.__init__
 
-    def recording(call, gradient):
-        spread = call.matrix.spread(slice(call.site.queries))  # (B, H, Q, N); of rows="patches" all queries
-        value = call.matrix.value.repeat_interleave(spread.shape[1] // call.matrix.value.shape[1], 1)  # (B, H, N, d)
-        S = torch.einsum("bhqn,bhnd->bnqhd", spread, value).flatten(3)
-        module = call.site.module
-        # nn.MultiheadAttention has no module that reads T: it is compared after its projection
-        maps[module] = S @ module.out_proj.weight.T if isinstance(module, nn.MultiheadAttention) else S
-        receive(call, gradient)
+    def recording(recorder, layers, on_gradient, *rest):
+        def keep(call: AttentionCall, A: AttentionMatrix, C: Tensor) -> None:
+            a = A.rows(slice(call.layer.queries))  # (B, H, Q, N); all queries for rows="patches"
+            S = torch.einsum("bhqn,bhnd->bnqhd", a, repeat_heads(A.value, a.shape[1])).flatten(3)
+            module = call.layer.module
+            # nn.MultiheadAttention has no module that reads T: it is compared after its projection
+            maps[module] = S @ module.out_proj.weight.T if isinstance(module, nn.MultiheadAttention) else S
+            on_gradient(call, A, C)
 
-    with mock.patch.object(daam_core._Attention, "receive", recording):
+        init(recorder, layers, keep, *rest)
+
+    with mock.patch.object(AttentionRecorder, "__init__", recording):
         yield maps
 
 
 @contextmanager
 def attention_outputs(model: nn.Module):
-    """T and dY/dT `(B, M, C)` by the attention module, seen by hooks where the next module reads T."""
+    """Collect T and dY/dT `(B, M, C)` by the attention module, with hooks where the next module reads T."""
     outputs, gradients, added = {}, {}, {}
 
     def see(module: nn.Module, T: Tensor, read: Callable[[Tensor], Tensor]) -> None:
@@ -293,7 +321,7 @@ def attention_outputs(model: nn.Module):
 
 
 def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
-    """The module that reads T of an attention module, and how T lies in what it reads; None of any other module."""
+    """Return the module that reads T of an attention module, and how to take T from its input; else None and None."""
     name = type(module).__name__
     if name.startswith("Diff"):
         return module.sub_norm, lambda x: x.transpose(1, 2).flatten(2)  # (B, H, N, 2 d)
@@ -312,13 +340,14 @@ def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], T
 
 
 def table(results: Iterable[Measured]) -> str:
+    """Return the table in Markdown."""
     lines = ["| family | for example | decomposed | maps | tokens | grid | error |", "|---|---|---|---|---|---|---|"]
-    for row, measured in zip(DECOMPOSED + ALL_ROWS, results):
-        blocks, h, w = measured.flow.block_maps.shape[1:]
-        tokens = ", ".join(dict.fromkeys(str(S.shape[1]) for S in measured.S))
+    for row, result in zip(DECOMPOSED + ALL_ROWS, results):
+        blocks, h, w = result.flow.block_maps.shape[1:]
+        tokens = ", ".join(dict.fromkeys(str(S.shape[1]) for S in result.S))
         lines.append(
-            f"| {row.family} | `{row.example}` | {measured.flow.decomposed} | {blocks} | {tokens} | {h} x {w} "
-            f"| {measured.error:.0e} |"
+            f"| {row.family} | `{row.example}` | {result.flow.decomposed} | {blocks} | {tokens} | {h} x {w} "
+            f"| {result.error:.0e} |"
         )
     for row in REFUSED:
         lines.append(f"| {row.family} | `{row.example}` | refused: {reason(row)} | | | | |")
@@ -326,16 +355,23 @@ def table(results: Iterable[Measured]) -> str:
 
 
 def reason(row: Row) -> str:
+    """Return the first part of the message with which a row is refused."""
+    return refusal(row).removeprefix("model: ").split(";")[0].split(". ")[0]
+
+
+@cache
+def refusal(row: Row) -> str:
+    """Return the message with which a row is refused, computed once for all tests."""
     try:
-        attention_flow(row.make(), random_images(1, 3, *row.size), **row.flow)
+        attention_flow(row.make(), row.images(1), **row.flow)
     except UnsupportedModel as error:
-        return str(error).removeprefix("model: ").split(";")[0].split(". ")[0]
+        return str(error)
     raise AssertionError(f"{row.example} is not refused")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/models.md")
     write = parser.parse_args().write
     warnings.simplefilter("ignore")
     text = table(map(measure, DECOMPOSED + ALL_ROWS))

@@ -2,6 +2,7 @@
 
 import timm
 import torch
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -9,9 +10,9 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads
 
 
 def build(make, *args, seed: int = 4, **options) -> nn.Module:
-    """A model whose weights let every term of the method count: fresh ones make attention flat, LayerScale 1e-5.
+    """Build a model with weights that let every term of the method count: fresh ones make attention flat.
 
-    They are drawn after the model is built, since how much of the generator that takes depends on the version of timm.
+    They are drawn after the model is built: how many random numbers building takes depends on the version of timm.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = make(*args, **options)
@@ -30,6 +31,13 @@ def tiny_vit(make=VisionTransformer, **options) -> nn.Module:
 
 def tiny_timm(name: str, **options) -> nn.Module:
     return build(timm.create_model, name, **options)
+
+
+def tiny_torchvision(**options) -> nn.Module:
+    return build(
+        torchvision.models.VisionTransformer, image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=24,
+        mlp_dim=48, num_classes=5, **options,
+    )  # fmt: skip
 
 
 def random_images(*shape: int) -> torch.Tensor:

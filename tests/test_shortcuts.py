@@ -1,88 +1,95 @@
-"""What saves time and memory changes nothing: rows that lead nowhere are left out, blocks are computed again."""
+"""What saves time and memory changes nothing: tokens are skipped, blocks are computed again."""
 
 import re
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support_table import ALL_ROWS, DECOMPOSED
-from timm.models.vision_transformer import VisionTransformer
+from derivations import assert_same_maps
+from odd_models import Detour, RootMeanSquare, SecondToken
+from support_table import ALL_ROWS, DECOMPOSED, Row
 from tiny_models import TINY, random_images, tiny_vit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import daam_core
-from daam_core import UnsupportedModel, attention_flow
+from daam_core import AttentionFlow, attention_flow
+from daam_vit import attention, shortcuts
+from daam_vit.attention import AttentionRecorder
 
 BLOCKS = TINY["depth"]
 ROWS = DECOMPOSED + ALL_ROWS
-ROW_NAMES = [f"{row.family}: {row.example} {row.flow}" for row in ROWS]
-
-
-def with_all_rows():
-    """Every block runs for all tokens, and the graph holds all of them."""
-    plan = daam_core._plan
-
-    def without_last(*arguments):
-        made = plan(*arguments)
-        return made and replace(made, last=None)
-
-    return mock.patch.object(daam_core, "_plan", without_last)
-
-
-def flow_of(row, **options):
-    model = row.make()
-    images = row.images(model) if row.images else random_images(2, 3, *row.size)
-    return attention_flow(model, images, **row.flow, **options)
 
 
 WHOLE = re.compile("parallel blocks|attention pool|CaiT|XCiT|VOLO|PiT|CrossViT|torchvision")
-"""Rows whose last attention has other queries than the class token alone, or none to leave out; and see
-`_WHOLE_LAST_BLOCK`."""
+"""Rows whose last attention has more queries than the class token, or none to skip, and those of
+`families.WHOLE_LAST_BLOCK`."""
 
 
 @contextmanager
-def calls_of(cls, method):
+def calls_of(owner, name):
+    """Collect the arguments of every call of a function."""
     calls = []
-    plain = getattr(cls, method)
+    plain = getattr(owner, name)
 
-    def counted(self, *arguments, **named):
-        calls.append(self)
-        return plain(self, *arguments, **named)
+    def counted(*arguments, **named):
+        calls.append(arguments)
+        return plain(*arguments, **named)
 
-    with mock.patch.object(cls, method, counted):
+    with mock.patch.object(owner, name, counted):
         yield calls
 
 
-@pytest.mark.parametrize("row", DECOMPOSED, ids=ROW_NAMES[: len(DECOMPOSED)])
-def test_rows_that_lead_nowhere_are_left_out(row):
-    with with_all_rows():
-        expected = flow_of(row)
-    with calls_of(daam_core._AttentionWatch, "for_first_rows") as calls:
-        flow = flow_of(row)
-    assert len({id(watch) for watch in calls}) == (WHOLE.search(f"{row.family} {row.example}") is None)
-    with calls_of(daam_core._AttentionWatch, "__init__") as watches:
-        flow_of(row)
-    assert len(watches) == 1  # nothing is given up on the way
-    largest = expected.block_maps.amax((2, 3), keepdim=True)
-    assert ((flow.block_maps - expected.block_maps).abs() <= 1e-5 * largest + 1e-12).all() and (largest > 0).any()
-    torch.testing.assert_close(flow.output, expected.output)
+@dataclass(frozen=True)
+class Flows:
+    """A row of the support table, explained in three ways."""
+
+    row: Row
+    plain: AttentionFlow
+    fast: AttentionFlow
+    low: AttentionFlow
+    skipping: int
+    """Functions that were called on the first rows alone."""
+    runs: int
+    """Forwards of the fast flow."""
+    recomputed: list[nn.Module]
+    """Blocks that were computed again, in order."""
 
 
-@pytest.mark.parametrize("row", ROWS, ids=ROW_NAMES)
-def test_low_memory_is_bit_equal(row):
-    fast = flow_of(row, memory="fast")
-    with calls_of(daam_core._Block, "second_pass") as blocks:
-        low = flow_of(row, memory="low")
-    assert len(blocks) == len(set(blocks)) and (len(blocks) > 0) == (fast.block_maps.shape[1] > 1)
-    assert torch.equal(fast.block_maps, low.block_maps) and torch.equal(fast.output, low.output)
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
+def flows(request):
+    row = request.param
+    model, images = row.make(), row.images()
+    plain = attention_flow(model, images, **row.flow, shortcuts=False)
+    with calls_of(shortcuts, "_on_first_rows") as skipping, calls_of(AttentionRecorder, "run") as runs:
+        fast = attention_flow(model, images, **row.flow, memory="fast")
+    with calls_of(shortcuts._SecondPass, "__enter__") as passes:
+        low = attention_flow(model, images, **row.flow, memory="low")
+    return Flows(row, plain, fast, low, len(skipping), len(runs), [second.block for (second,) in passes])
+
+
+def test_shortcuts_change_nothing(flows):
+    assert_same_maps(flows.fast.block_maps, flows.plain.block_maps)
+    torch.testing.assert_close(flows.fast.output, flows.plain.output)
+    assert flows.fast.decomposed == flows.plain.decomposed
+
+
+def test_rows_that_lead_nowhere_are_left_out(flows):
+    all_count = flows.row in ALL_ROWS or WHOLE.search(f"{flows.row.family} {flows.row.example}")
+    assert (flows.skipping == 0) == bool(all_count)
+    assert flows.runs == 1  # nothing is given up on the way
+
+
+def test_low_memory_is_bit_equal(flows):
+    assert torch.equal(flows.fast.block_maps, flows.low.block_maps) and torch.equal(flows.fast.output, flows.low.output)
+    assert len(flows.recomputed) == len(set(flows.recomputed))  # each of them once
+    assert (len(flows.recomputed) > 0) == (flows.fast.block_maps.shape[1] > 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows
+# Tokens
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -114,32 +121,8 @@ def test_first_block_needs_the_graph_of_the_class_token_alone(model, images):
     attention_flow(model, images)
     assert gradients == [1] + [17] * (BLOCKS - 2) + [1]
     gradients.clear()
-    with with_all_rows():
-        attention_flow(model, images)
+    attention_flow(model, images, shortcuts=False)
     assert gradients == [1] + [17] * (BLOCKS - 1)
-
-
-class Detour(VisionTransformer):
-    """Reads the class token in a way that could as well read others."""
-
-    def forward_head(self, x, pre_logits=False):
-        x = x.flip(1)[:, -1]
-        return x if pre_logits else self.head(x)
-
-
-class MixesAtTheEnd(VisionTransformer):
-    """The mean of all tokens is added to each: the class row of the last block is not alone."""
-
-    def forward_features(self, x, **options):
-        x = super().forward_features(x, **options)
-        return x + x.mean(1, keepdim=True)
-
-
-class Neighbour(VisionTransformer):
-    """The second token, a patch, is read."""
-
-    def forward_head(self, x, pre_logits=False):
-        return x[:, 1] if pre_logits else self.head(x[:, 1])
 
 
 def test_a_model_that_goes_on_in_another_way_runs_for_all_tokens(images):
@@ -147,27 +130,6 @@ def test_a_model_that_goes_on_in_another_way_runs_for_all_tokens(images):
     seen, flow = rows_of(tiny_vit(Detour), images)
     assert seen == [17] * (BLOCKS - 1) + [1] + [17] * BLOCKS  # the forward that was given up, and the one that counts
     torch.testing.assert_close(flow.block_maps, expected.block_maps, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", [MixesAtTheEnd, Neighbour])
-@pytest.mark.parametrize("memory", ["fast", "low"])
-def test_a_model_that_reads_other_rows_is_still_refused(kind, memory, images):
-    with pytest.raises(UnsupportedModel, match="^model: the score of .* reads the patch tokens"):
-        attention_flow(tiny_vit(kind), images, memory=memory)
-
-
-class SecondToken(nn.Module):
-    """Adds a part of the token before to each, between two blocks."""
-
-    def forward(self, x):
-        return x + 0.5 * x.roll(1, 1)
-
-
-class RootMeanSquare(nn.RMSNorm):
-    """Written out, as timm does."""
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * self.weight
 
 
 def test_norms_that_are_written_out(images):
@@ -179,8 +141,7 @@ def test_tokens_that_mix_between_the_first_two_attentions(images):
     model = tiny_vit()
     model.blocks[0].ls2 = SecondToken()
     flow = attention_flow(model, images)
-    with with_all_rows():
-        expected = attention_flow(model, images)
+    expected = attention_flow(model, images, shortcuts=False)
     torch.testing.assert_close(flow.block_maps, expected.block_maps, rtol=1e-4, atol=1e-7)
 
 
@@ -217,8 +178,8 @@ def test_what_is_known_to_treat_tokens_one_by_one(call, kind):
 
     class Record(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            attribute = func.__name__ == "__get__" and func.__self__.__name__ in daam_core._ATTRIBUTES
-            kinds.append("looks" if attribute else daam_core._by_row(func, args, kwargs or {}))
+            attribute = func.__name__ == "__get__" and func.__self__.__name__ in attention._ATTRIBUTES
+            kinds.append("looks" if attribute else shortcuts.row_kind(func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     x = torch.rand(2, 5, 4)
@@ -258,8 +219,26 @@ def test_automatic_memory_goes_by_the_size_of_the_graph_of_one_image(model, imag
         (0, "fast", once),
         (graph, "low", twice),
     ):
-        with mock.patch.object(daam_core, "_LARGE_GRAPH", limit):
+        with mock.patch.object(shortcuts, "LARGE_GRAPH", limit):
             assert rows_of(model, images, memory=memory)[0] == expected
+
+
+class Noise(nn.Module):
+    """Draws random numbers, also in eval mode."""
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+def test_block_that_draws_random_numbers_draws_the_same_again(model, images):
+    model.blocks[1].mlp.act, flows = Noise(), []
+    for memory in ("fast", "low", "low"):
+        torch.manual_seed(len(flows) // 4)
+        flows.append(attention_flow(model, images, memory=memory))
+        flows.append(torch.get_rng_state())
+    fast, state, low, same_state, other, _ = flows
+    assert torch.equal(fast.block_maps, low.block_maps) and torch.equal(state, same_state)
+    assert not torch.equal(fast.block_maps, other.block_maps)
 
 
 def test_hooks_of_a_block_see_its_arguments_once(model, images):
@@ -270,24 +249,13 @@ def test_hooks_of_a_block_see_its_arguments_once(model, images):
     assert torch.equal(fast, low)
 
 
-class OnceMore(nn.Module):
-    """Keeps something for the backward in the first pass, and not in the second."""
-
-    def __init__(self):
-        super().__init__()
-        self.runs = 0
-
-    def forward(self, x):
-        self.runs += 1
-        return x.exp().log() if self.runs == 1 else x
-
-
-def test_refused_block_that_does_not_compute_the_same_twice(model, images):
-    model.blocks[1].mlp.act = OnceMore()
-    with pytest.raises(UnsupportedModel, match="^model: a Block does not compute the same twice; give memory='fast'$"):
-        attention_flow(model, images, memory="low")
-    model.blocks[1].mlp.act = OnceMore()
-    attention_flow(model, images, memory="fast")
+@pytest.fixture
+def one_thread():
+    """Fused attention works in 1 MB for every thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def allocations(call):
@@ -307,12 +275,12 @@ def peak(sizes):
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("target", [0, [[0, 1]]], ids=["one class", "two classes"])
-def test_nothing_as_large_as_an_attention_matrix_is_allocated(memory, target):
+def test_nothing_as_large_as_an_attention_matrix_is_allocated(memory, target, one_thread):
     """Counted by torch's allocator, which also sees what is inside of the fused attention and its backward."""
-    model = tiny_vit(img_size=256, patch_size=4, num_heads=2, embed_dim=16, depth=3)  # 4,097 tokens
-    images = random_images(1, 3, 256, 256)
+    model = tiny_vit(img_size=192, patch_size=4, num_heads=2, embed_dim=16, depth=3)  # 2,305 tokens
+    images = random_images(1, 3, 192, 192)
     sizes = allocations(lambda: attention_flow(model, images, target, memory=memory))
-    matrix = 4097**2 * 4  # bytes of one head
+    matrix = 2305**2 * 4  # bytes of one head
     assert len(sizes) > 100 and max(sizes) < matrix / 10
     for block in model.blocks:
         block.attn.fused_attn = False

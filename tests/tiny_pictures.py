@@ -1,0 +1,40 @@
+"""Small flows and pictures to draw, and ways to look at what was drawn."""
+
+import numpy as np
+from PIL import Image
+
+
+def random_flow(blocks=12, h=4, w=4):
+    """Running sums of maps that are never negative, `(L, h, w)` float32."""
+    return np.random.default_rng(h * w).gamma(1, 1, (blocks, h, w)).astype(np.float32).cumsum(0)
+
+
+def random_picture(height, width):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def solid(colour, size=(40, 20)):
+    return Image.new("RGB", size, colour)
+
+
+def box(page, colour):
+    """Top, left, height, width of the only rectangle of this colour on the page."""
+    ys, xs = np.nonzero((np.asarray(page) == colour).all(2))
+    top, left, height, width = ys.min(), xs.min(), np.ptp(ys) + 1, np.ptp(xs) + 1
+    assert len(ys) == height * width
+    return int(top), int(left), int(height), int(width)
+
+
+def read_gif(path):
+    """All frames as RGB arrays, and their durations."""
+    with Image.open(path) as gif:
+        frames, durations = [], []
+        for b in range(gif.n_frames):
+            gif.seek(b)
+            frames.append(np.asarray(gif.convert("RGB"), np.float32))
+            durations.append(gif.info["duration"])
+    return frames, durations
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
