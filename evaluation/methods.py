@@ -182,6 +182,9 @@ def gradcam(explained: Explained) -> Tensor:
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391.
     """
     _check_timm(explained, "gradcam", "blocks")
+    last = explained.model.blocks[-1]
+    if not hasattr(last, "norm1"):
+        raise UnsupportedModel(f"methods: a {type(last).__name__} has no norm1; {WAY_OUT}")
     grid, prefix = explained.grid, explained.flow.num_prefix_tokens
 
     class OnGrid(GradCAM):
@@ -204,9 +207,8 @@ def gradcam(explained: Explained) -> Tensor:
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     scores = [lambda output, g=g: (output * g).sum() for g in explained.grad_outputs]
-    layers = [explained.model.blocks[-1].norm1]
     images = explained.images.detach().requires_grad_()
-    with torch.enable_grad(), OnGrid(Outputs(), layers, as_channels) as cam:
+    with torch.enable_grad(), OnGrid(Outputs(), [last.norm1], as_channels) as cam:
         return torch.as_tensor(cam(images, scores), device=images.device)
 
 

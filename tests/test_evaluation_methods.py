@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_decisions import decision_of, explained_of, small_bank
-from tiny_models import random_images, tiny_timm, tiny_vit
+from tiny_models import TINY, random_images, tiny_timm, tiny_vit
 from torch import nn
 
 from daam_core import UnsupportedModel, attention_flow, features
@@ -118,6 +119,17 @@ def test_attention_rollout_gae_legrad(case):
     close(METHODS["rollout"](explained), grid(rolled[:, 0], prefix))
     close(METHODS["gae"](explained), grid(relevance[:, 0], prefix))
     close(METHODS["legrad"](explained), grid(legrad, prefix))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("method", ["daam-net", "rollout", "gae", "legrad"])
+def test_fused_and_open_attention_agree(method, name):
+    """Also with a mask: BEiT adds a bias for relative positions."""
+    model = tiny_timm(name, **TINY, global_pool="token")
+    fused = METHODS[method](explained_of(model))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    close(fused, METHODS[method](explained_of(model)))
 
 
 def test_legrad_against_torchcam():
@@ -260,6 +272,10 @@ def tiny_distilled():
     return tiny_timm("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
 
 
+def tiny_parallel():
+    return tiny_vit(block_fn=ParallelScalingBlock)
+
+
 NOT_ALL_TOKENS = "the attention of {} is not between all 17 tokens, once a block; choose methods for any model"
 
 
@@ -273,6 +289,7 @@ NOT_ALL_TOKENS = "the attention of {} is not between all 17 tokens, once a block
         (tiny_cait, "daam-residual", NOT_ALL_TOKENS.format("Cait")),
         (tiny_convit, "rollout", NOT_ALL_TOKENS.format("ConVit")),
         (tiny_distilled, "attention", "the score of VisionTransformerDistilled reads two tokens"),
+        (tiny_parallel, "gradcam", "a ParallelScalingBlock has no norm1; choose methods for any model"),
     ],
 )
 def test_models_that_a_method_cannot_follow(make, method, message):
