@@ -45,7 +45,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture
 def explain(capfd):
-    """Call the script in this process, with these options."""
+    """Run the script in this process."""
     return partial(call, script.main, capfd)
 
 
@@ -59,7 +59,7 @@ def weights(tmp_path_factory):
 
 
 def test_default_run_without_network(offline, explain, tmp_path):
-    """Falls back to the embedded model, finds the cup, writes everything, and the same bytes again."""
+    """The script falls back to the embedded model, finds the cup, and writes the same bytes a second time."""
     result = run(SCRIPT, "--output-dir", tmp_path / "a", env=offline, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     notes = [line for line in result.stderr.splitlines() if "embedded" in line]
@@ -126,7 +126,7 @@ def test_cached_default_weights_and_an_imagenet_name(offline, tmp_path):
 
 
 def test_a_folder_of_every_kind_of_file(explain, weights, tmp_path):
-    """Good ones are explained, bad ones get a line each; the exit code tells."""
+    """Good files are explained, bad files are reported as one line each."""
     photo = Image.open(ROOT / ".img" / "coffee.png").resize((60, 40))
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -165,8 +165,8 @@ def test_a_folder_of_every_kind_of_file(explain, weights, tmp_path):
         assert gif.size == (40, 60) and gif.n_frames == 12
 
 
-def test_pictures_and_names_out_of_the_ordinary(offline, weights, tmp_path):
-    """A name that is no text, one that no file can have, and a strip that becomes less than a pixel wide."""
+def test_unusual_pictures_and_names(offline, weights, tmp_path):
+    """A file name that is not valid text, one that is too long, and a strip that becomes less than a pixel wide."""
     photo = Image.open(ROOT / ".img" / "coffee.png").resize((60, 40))
     files = [tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "strip.png"]
     photo.save(files[0])
@@ -259,7 +259,7 @@ def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
     for n in range(200):
         shutil.copy(ROOT / ".img" / "coffee.png", photos / f"{n:03d}.png")
     command = [sys.executable, SCRIPT, "--image", photos, "--checkpoint", weights, "--output-dir", tmp_path / "out"]
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may be deaf to it
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background processes may ignore SIGINT
     process = subprocess.Popen(
         command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=listening
     )
@@ -276,7 +276,7 @@ def test_interrupt_leaves_whole_results_only(offline, weights, tmp_path):
 
 
 def test_full_disk_leaves_the_old_results(offline, explain, weights, tmp_path):
-    """A limit on the size of files stands for the disk: writing the first large file fails."""
+    """A limit on the size of files stands for a full disk: writing the first large file fails."""
     options = ["--checkpoint", weights, "--target", "dog", "--output-dir", tmp_path / "out"]
     assert explain(*options).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -287,7 +287,7 @@ def test_full_disk_leaves_the_old_results(offline, explain, weights, tmp_path):
 
 
 def test_the_numbers_of_the_evolution(explain, tmp_path):
-    """Against the model's own norm and head behind every block, and against the other numbers of flow.json."""
+    """They agree with the model's own norm and head after every block, and with the other numbers of flow.json."""
     photo = ROOT / ".img" / "motorcycle_left.png"
     result = explain("--model", EMBEDDED, "--image", photo, "--output-dir", tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -325,7 +325,7 @@ def test_the_numbers_of_the_evolution(explain, tmp_path):
         assert picture.width >= 1500 and picture.height >= 600 and len(picture.getcolors(1 << 24)) > 1000
 
 
-def test_without_readings_there_is_a_line_and_no_picture(explain, tmp_path):
+def test_without_a_logit_lens_there_is_no_evolution_picture(explain, tmp_path):
     name = "pit_ti_224"
     weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
     options = ("--model", name, "--checkpoint", weights, "--target", 2, "--size", 64, "--output-dir", tmp_path)
@@ -374,7 +374,7 @@ def test_several_classes_side_by_side(explain, tmp_path):
     formed = flow["evolution"]
     assert (
         formed["leads_from"] > 1 and formed["runner_up"]["name"] == "yin_yang"
-    )  # the cup leads, the second of the two
+    )  # the cup, the second of the two classes, leads
     assert formed["blocks"][-1]["leader"]["index"] == 30
     for k, name in enumerate(("39", "30")):
         assert sum(block["share"][name] for block in formed["blocks"]) == pytest.approx(1)
@@ -404,8 +404,8 @@ def test_the_most_probable_classes_of_every_photo(explain, tmp_path):
     assert explained[0] != explained[1]
 
 
-def test_names_of_classes_that_are_alike_or_long(weights, tmp_path, monkeypatch):
-    """They are told apart, and the folder of many does not become too long for a file system."""
+def test_names_of_classes_that_are_alike_or_long(weights, tmp_path):
+    """Equal names are told apart, and the folder of several classes does not become too long for a file system."""
     state = safetensors.torch.load_file(weights)
     names = ["crane, bird", "crane, machine", "w" * 200]
     metadata = {"architecture": TINY, "class_names": json.dumps(names)}
@@ -421,7 +421,7 @@ def test_names_of_classes_that_are_alike_or_long(weights, tmp_path, monkeypatch)
     assert script.main([*options, "--target", "0", "1"]) == 0
     assert (tmp_path / "out" / "mine" / "coffee-crane_0-crane_1" / "flow.gif").is_file()
     assert script.main([*options, "--target", "0"]) == script.main([*options, "--target", "1"]) == 0
-    for index in (0, 1):  # the second does not take the place of the first
+    for index in (0, 1):  # the second does not overwrite the first
         folder = tmp_path / "out" / "mine" / f"coffee-crane_{index}"
         assert json.loads((folder / "flow.json").read_text())["target"]["index"] == index
         shutil.rmtree(folder)
@@ -436,7 +436,7 @@ def test_names_of_classes_that_are_alike_or_long(weights, tmp_path, monkeypatch)
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five, and one that cannot be read."""
+    """Five photos, and a file that cannot be read."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("astronaut.png", "chelsea.png", "china.jpg", "coffee.png", "flower.jpg"):
@@ -463,7 +463,7 @@ def test_batches_give_what_single_photos_give(explain, weights, photos, tmp_path
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Every call of attention_flow by the script: images, arguments, and how many photos lie in memory."""
+    """Record every call of attention_flow: number of images, arguments, and number of photos in memory."""
     calls, pictures = [], []
 
     def read(path):
@@ -495,7 +495,7 @@ def test_the_model_sees_batches_and_no_photo_is_held(watched, weights, photos, t
 
 
 def test_out_of_memory_names_the_batch(weights, photos, tmp_path, capsys, monkeypatch):
-    """One line; what was done before stays, and nothing is half-written."""
+    """The error is one line, earlier results stay, and nothing is half-written."""
     calls = iter([attention_flow, lambda *args, **kwargs: torch.empty(1 << 60)])
     monkeypatch.setattr(script, "attention_flow", lambda *args, **kwargs: next(calls)(*args, **kwargs))
     (photos / "damaged.png").unlink()
@@ -589,7 +589,7 @@ def test_other_families(name, decomposed, maps, explain, tmp_path):
         assert gif.n_frames == maps[0]
 
 
-def test_mean_of_the_patches_needs_to_be_asked_for(explain, tmp_path):
+def test_mean_of_the_patches_needs_rows_patches(explain, tmp_path):
     weights = saved("vit_tiny_patch16_224", tmp_path / "weights.safetensors", num_classes=4, global_pool="avg")
     metadata = {"architecture": TINY, "model_args": json.dumps({"num_classes": 4, "global_pool": "avg"})}
     safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, metadata)
@@ -614,18 +614,16 @@ def test_variant(weights, explain, tmp_path):
         result = explain(*options, *variant)
         assert result.returncode == 0, result.stderr
     heads, paper = (tmp_path / "out" / "tiny" / f"coffee-dog{suffix}" for suffix in ("-heads", ""))
-    told = [json.loads((folder / "flow.json").read_text()) for folder in (heads, paper)]
-    assert [flow["settings"]["variant"] for flow in told] == ["heads", "paper"]
-    assert told[0]["method"] == "Dynamic Accumulated Attention Map, variant heads"
-    assert told[1]["method"] == "Dynamic Accumulated Attention Map"
+    manifests = [json.loads((folder / "flow.json").read_text()) for folder in (heads, paper)]
+    assert [flow["settings"]["variant"] for flow in manifests] == ["heads", "paper"]
+    assert manifests[0]["method"] == "Dynamic Accumulated Attention Map, variant heads"
+    assert manifests[1]["method"] == "Dynamic Accumulated Attention Map"
     maps = [np.load(folder / "maps.npz")["accumulated"] for folder in (heads, paper)]
     assert not np.allclose(*maps, rtol=0.01)
-    one_line_error(
-        explain(*options, "--variant", "relu"), "--variant: expected paper, signed or heads, got 'relu'"
-    )
+    one_line_error(explain(*options, "--variant", "relu"), "--variant: expected paper, signed or heads, got 'relu'")
 
 
-def test_rows_that_a_family_has_not(explain, tmp_path, monkeypatch):
+def test_rows_that_a_family_does_not_have(explain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = saved("cait_xxs24_224", tmp_path / "weights.safetensors", num_classes=4)
     options = ("--model", "cait_xxs24_224", "--checkpoint", weights, "--rows", "patches")
@@ -655,7 +653,7 @@ def test_transformers_model_from_a_folder(offline, explain, tmp_path, monkeypatc
 def test_torchvision_model_from_a_checkpoint(explain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = torchvision.models.vit_b_32(num_classes=3).half().state_dict()
-    torch.nn.init.normal_(state["heads.head.weight"])  # zero when fresh
+    torch.nn.init.normal_(state["heads.head.weight"])  # zero in a new model
     torch.save(state, tmp_path / "mine.pth")
     options = ("--model", "torchvision:vit_b_32", "--checkpoint", tmp_path / "mine.pth", "--target", 2)
     result = explain(*options, "--size", "model")

@@ -42,7 +42,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture
 def explain(capfd):
-    """Call the script in this process, with these options."""
+    """Run the script in this process."""
     return partial(call, script.main, capfd)
 
 
@@ -50,7 +50,7 @@ def explain(capfd):
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    arguments = BACKBONE | {"num_classes": 3}  # a classifier, too: the script leaves it alone
+    arguments = BACKBONE | {"num_classes": 3}  # the script ignores the classifier
     state = timm.create_model("vit_tiny_patch16_224", **arguments).state_dict()
     metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(arguments)}
     safetensors.torch.save_file(state, file, metadata)
@@ -59,7 +59,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_bank(weights, tmp_path_factory):
-    """A bank of 24 pictures, a third of them crops of the photo that is explained."""
+    """Build a bank of 24 pictures; a third of them are crops of the photo that is explained."""
     folder = tmp_path_factory.mktemp("own")
     photo, rng = Image.open(ROOT / ".img" / "coffee.png"), np.random.default_rng(0)
     for n in range(8):
@@ -137,7 +137,7 @@ def test_default_run_without_weights_and_bank(offline, tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A copy of the repository without the big files."""
+    """Copy the repository without its large files."""
     root = tmp_path / "repository"
     for name in ("command_line", "models", "memorybank", ".img"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "embedded", "*.gif"))
@@ -148,7 +148,7 @@ def repository(tmp_path):
 
 
 def published_bank(root):
-    """The four files as DINO's eval_knn.py writes them: float32, 1000 classes, no bank.json."""
+    """Write the four files of DINO's eval_knn.py: float32, 1000 classes, no bank.json."""
     folder = root / "memorybank" / "DINO" / "ImageNet2012" / "vit_small_patch8_224.dino"
     write_bank(folder, rows(2000, 384), torch.arange(2000) % 1000)
     return write_bank(folder, rows(10, 384, seed=1), torch.arange(10), "test")
@@ -183,7 +183,7 @@ def test_the_published_checkpoint_and_bank_are_found(offline, repository, tmp_pa
 
 
 def test_a_bank_without_weights(offline, repository, tmp_path):
-    """The default's bank is there, but neither its weights nor a hub."""
+    """The bank of the default is there, but its weights and the hub are not."""
     published_bank(repository)
     shutil.copytree(BANK, repository / "memorybank" / "embedded")
     (repository / "pretrainedmodels" / f"{EMBEDDED}.safetensors").symlink_to(
@@ -196,7 +196,7 @@ def test_a_bank_without_weights(offline, repository, tmp_path):
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
-def test_a_bank_of_ones_own(offline, explain, weights, own_bank, tmp_path):
+def test_own_bank(offline, explain, weights, own_bank, tmp_path):
     options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--k", 8, "--output-dir", tmp_path]
     result = run(SCRIPT, *options, env=offline)
     assert result.returncode == 0, result.stderr
@@ -221,7 +221,7 @@ def test_a_bank_of_ones_own(offline, explain, weights, own_bank, tmp_path):
 
 
 def test_several_classes(explain, weights, own_bank, tmp_path):
-    """Those that are named, and the N with the most votes, which may be fewer."""
+    """Classes by name, and the N classes with the most votes, of which there may be fewer."""
     options = ["--checkpoint", weights, "--bank", own_bank / "bank", "--size", 64, "--output-dir", tmp_path]
     made = {}
     for name, more in {
@@ -270,14 +270,14 @@ def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(explain, weig
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 2, result.stderr
     for name, line in zip(("coffee", "grey"), errors):
-        assert line.startswith("error: target: none of the 2 nearest neighbours is of the class noise; ")
+        assert line.startswith("error: target: none of the 2 nearest neighbours belongs to the class noise; ")
         assert line.endswith(f"({own_bank / 'photos' / name / '3.png'})")
     assert "3/3" in result.stderr
     flows = list(tmp_path.rglob("flow.json"))
     assert len(flows) == 1 and json.loads(flows[0].read_text())["image"]["file"] == str(photos[1])
 
 
-def test_the_bank_says_which_model(explain, tmp_path):
+def test_the_bank_names_the_model(explain, tmp_path):
     bank = shutil.copytree(BANK, tmp_path / "mine")
     options = ["--bank", bank, "--target", "cup", "--size", "model", "--output-dir", tmp_path / "out"]
     result = explain(*options)
@@ -285,11 +285,11 @@ def test_the_bank_says_which_model(explain, tmp_path):
     assert (tmp_path / "out" / EMBEDDED / "coffee-cup" / "flow.gif").is_file()
 
 
-def test_the_bank_says_what_a_checkpoint_is(explain, own_bank, weights, tmp_path):
-    """One that says nothing of itself."""
+def test_the_bank_names_the_architecture_of_a_checkpoint(explain, own_bank, weights, tmp_path):
+    """The checkpoint does not name its architecture."""
     bank = shutil.copytree(own_bank / "bank", tmp_path / "bank")
-    told = json.loads((bank / "bank.json").read_text())
-    (bank / "bank.json").write_text(json.dumps(told | {"model": "vit_tiny_patch16_224", "weights_sha256": "other"}))
+    metadata = json.loads((bank / "bank.json").read_text())
+    (bank / "bank.json").write_text(json.dumps(metadata | {"model": "vit_tiny_patch16_224", "weights_sha256": "other"}))
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "mine.pth")
     options = ["--bank", bank, "--checkpoint", tmp_path / "mine.pth", "--output-dir", tmp_path / "out"]
     one_line_error(explain(*options), "was built with other weights of vit_tiny_patch16_224 (tiny.safetensors)")
@@ -307,7 +307,7 @@ def test_the_bank_says_what_a_checkpoint_is(explain, own_bank, weights, tmp_path
         (["--target", "nois"], ["target: no class is called 'nois'; near names: noise"]),
         (["--target", "3"], ["target: class 3 is out of range; there are 3 classes"]),
         (["--target", "noise", "--k", "2", "--target-k", "2"],
-         ["target: none of the 2 nearest neighbours is of the class noise; they are 2 coffee"]),
+         ["target: none of the 2 nearest neighbours belongs to the class noise; they are 2 coffee"]),
         (["--model", "resnet10t", "--checkpoint", "resnet.pth", "--bank", "wide"],
          ["model: ResNet has no attention that DAAM can see"]),
         (["--image", "gone.jpg"], ["image: there is no file gone.jpg"]),
@@ -356,7 +356,7 @@ def test_the_supervised_script_names_this_one(capfd, tmp_path):
 
 
 def test_xcit_in_the_layout_of_dino(own_bank, explain, capfd, tmp_path):
-    """A training checkpoint as DINO writes it; a bank is built with it, and the script explains two frames."""
+    """A bank is built with a training checkpoint of DINO, and the script explains two class-attention blocks."""
     name = "xcit_nano_12_p16_224"
     teacher = by_facebook(tiny_timm(name, num_classes=0).state_dict())
     teacher = {f"module.backbone.{key}": value for key, value in teacher.items()}
