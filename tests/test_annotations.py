@@ -54,7 +54,7 @@ def test_boxes_end_at_the_edge_of_the_picture(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "I;16"])
-def test_a_mask_is_what_is_not_black(tmp_path, mode):
+def test_a_mask_is_all_that_is_not_black(tmp_path, mode):
     wanted = plain_region([(3, 2, 9, 7)])
     grey = Image.fromarray(wanted.astype(np.uint8) * 255)
     mask = Image.fromarray(wanted.astype(np.uint16) * 300) if mode == "I;16" else grey.convert(mode)
@@ -65,7 +65,7 @@ def test_a_mask_is_what_is_not_black(tmp_path, mode):
     np.testing.assert_array_equal(large, wanted.repeat(3, 0).repeat(2, 1))
 
 
-def test_what_is_transparent_is_no_object(tmp_path):
+def test_transparent_pixels_are_no_object(tmp_path):
     pixels = np.full((12, 20, 4), 255, np.uint8)
     pixels[:, :5, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -82,7 +82,7 @@ def test_the_void_border_of_voc_is_no_object_and_a_dark_palette_is(tmp_path):
     np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), index == 1)
 
 
-def test_where_annotations_are_looked_for(tmp_path):
+def test_places_of_annotations(tmp_path):
     photo = "cup/image.1.jpg"
     assert find_annotation(tmp_path, "photos", photo) is None
     assert region_of(tmp_path, "photos", photo, SIZE) is None
@@ -134,7 +134,7 @@ def test_a_damaged_xml(tmp_path, text):
 
 
 @pytest.mark.parametrize("box", [(5, 1, 2, 3), (1, 3, 2, 2), ("inf", 1, "inf", 3)])
-def test_a_box_the_wrong_way_round(tmp_path, box):
+def test_a_box_with_swapped_sides(tmp_path, box):
     write_xml(tmp_path / "a.xml", [box])
     with pytest.raises(ValueError) as error:
         region_of(tmp_path, "photos", "a.jpg", SIZE)
@@ -160,7 +160,7 @@ def test_a_damaged_mask(tmp_path):
         one_line(error, "a.png is damaged")
 
 
-def test_an_annotation_of_the_photo_before_it_was_turned(tmp_path):
+def test_an_annotation_from_before_the_photo_was_rotated(tmp_path):
     write_xml(tmp_path / "a.xml", [(1, 1, 2, 2)], SIZE[::-1])
     Image.new("L", SIZE[::-1], 255).save(tmp_path / "b.png")
     for photo in ("a.jpg", "b.jpg"):

@@ -46,7 +46,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Three photos, one in a sub-folder and one with a mask; a file that is no image."""
+    """Three photos, one in a sub-folder and one with a mask; files that are not images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "cup").mkdir()
     shutil.copy(ROOT / ".img" / "coffee.png", folder / "cup" / "coffee.png")
@@ -64,7 +64,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def some(photos, tmp_path_factory):
-    """A folder without the masks."""
+    """The same photos without the masks."""
     folder = tmp_path_factory.mktemp("some")
     shutil.copytree(photos, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("masks"))
     return folder
@@ -173,7 +173,7 @@ def test_other_settings_need_another_folder(other, name, evaluated, evaluate):
 
 
 def test_nothing_can_be_scored(weights, evaluate, tmp_path):
-    """The line says why, not that the run should go on."""
+    """The error says why, not that the run should continue."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     options = ("--checkpoint", weights, "--images", tmp_path / "photos", *QUICK, "--out", tmp_path / "out")
@@ -187,7 +187,7 @@ def test_a_damaged_run(evaluated, evaluate, tmp_path):
 
 
 def test_photos_of_a_folder(tmp_path):
-    """Masks beside the photos, earlier results and hidden files are none; links to folders are followed."""
+    """Masks beside the photos, earlier results and hidden files are skipped; links to folders are followed."""
     place = tmp_path / "photos"
     (place / "out").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -255,7 +255,7 @@ def test_all_methods_with_a_memory_bank(some, evaluate, tmp_path):
 def test_embedded_self_supervised_model(some, evaluate, tmp_path):
     (tmp_path / "list.txt").write_text("flower.jpg\n")
     result = evaluate("--model", "vit_small_patch14_selfsupervised", "--images", some, "--list", tmp_path / "list.txt",
-                      "--methods", "daam-heads", *QUICK, "--sanity", 0, "--out", tmp_path / "out")  # fmt: skip
+                      "--methods", "daam", *QUICK, "--blocks", 0, "--sanity", 0, "--out", tmp_path / "out")  # fmt: skip
     assert result.returncode == 0, result.stderr
     (record,) = lines(tmp_path / "out" / "photos.jsonl")
     assert record["name"] == "sunflower" and 0 < record["probability"] <= 1
