@@ -627,7 +627,9 @@ def test_rows_that_a_family_does_not_have(explain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = saved("cait_xxs24_224", tmp_path / "weights.safetensors", num_classes=4)
     options = ("--model", "cait_xxs24_224", "--checkpoint", weights, "--rows", "patches")
-    one_line_error(explain(*options), "rows: 'patches' is not defined for Cait")
+    photos = (ROOT / ".img" / "coffee.png", ROOT / ".img" / "flower.jpg")
+    result = explain(*options, "--image", *photos, "--batch", 1)  # the second photo is not tried
+    one_line_error(result, "rows: 'patches' is not defined for Cait")
 
 
 def test_transformers_model_from_a_folder(offline, explain, tmp_path, monkeypatch):
