@@ -1,4 +1,4 @@
-"""What several test files ask for."""
+"""Fixtures of several test files."""
 
 import pytest
 from tiny_models import random_images, tiny_vit

@@ -1,4 +1,4 @@
-"""The method as its definition reads: whole attention matrices, S_b in full, one image at a time, nothing clever."""
+"""Plain derivations of the method: whole attention matrices, S_b in full, one image at a time, nothing clever."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def plain_block_maps(model, image, target=None, importance=None, variant="paper"):
-    """L_b `(L, h, w)` of one image `(3, H, W)`, as the definition reads: whole attention matrices, S_b in full."""
+    """Return L_b `(L, h, w)` of one image `(3, H, W)`, Eqs. 1 to 5 as they stand."""
     model = copy.deepcopy(model).eval()  # backward() fills every .grad
     x = model.patch_embed(image[None])
     x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
@@ -18,7 +18,7 @@ def plain_block_maps(model, image, target=None, importance=None, variant="paper"
         a = (attn.q_norm(q) @ attn.k_norm(k).transpose(1, 2) / attn.head_dim**0.5).softmax(-1)  # (H, N, N)
         T = (a @ v).transpose(0, 1).flatten(1)  # (N, C)
         T.retain_grad()
-        S = (a[:, 0, :, None] * v).transpose(0, 1).flatten(1)  # (N, C): of the class token's row
+        S = (a[:, 0, :, None] * v).transpose(0, 1).flatten(1)  # (N, C), row of the class token
         decomposed.append((S.detach(), T))
         x = x + block.ls1(attn.proj(attn.norm(T))[None])
         x = x + block.ls2(block.mlp(block.norm2(x)))
@@ -42,7 +42,7 @@ def plain_block_maps(model, image, target=None, importance=None, variant="paper"
 
 
 def plain_all_rows(model, image, target, importance):
-    """ReLU(sum_c V[j]_c (A^T w(C))[j]_c) of one image, `(L, h, w)`, with whole attention matrices."""
+    """Return ReLU(sum_c V[j]_c (A^T w(C))[j]_c) of one image, `(L, h, w)`."""
     model = copy.deepcopy(model)
     x, decomposed = model._pos_embed(model.patch_embed(image[None])), []
     for block in model.blocks:
@@ -66,7 +66,7 @@ def plain_all_rows(model, image, target, importance):
 
 
 def assert_maps_match(flow, expected, tolerance=1e-5):
-    """`expected`: the block maps of each image. The tolerance is relative to the maximum of each map."""
+    """Compare block maps and their sums with `expected`, the block maps of each image, relative to each maximum."""
     filled = torch.stack([(plain.amax((-2, -1)) > 0).float().mean() for plain in expected])
     assert (filled > 0.5).all(), "most maps are empty: nothing to compare"
     for block_maps, accumulated, plain in zip(flow.block_maps, flow.accumulated, expected, strict=True):
@@ -79,7 +79,7 @@ def assert_maps_match(flow, expected, tolerance=1e-5):
 
 
 def assert_same_maps(actual, expected, tolerance=1e-5):
-    """Within a part of the largest value of each map."""
+    """Compare maps relative to the largest value of each."""
     assert actual.shape == expected.shape and (expected > 0).any()
     largest = expected.flatten(2).amax(-1)[..., None, None]
     assert ((actual - expected).abs() <= tolerance * largest + 1e-12).all()

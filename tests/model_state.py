@@ -1,4 +1,4 @@
-"""What a call could leave behind on a model or in the current thread."""
+"""State of a model and of the current thread, to compare before and after a call."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ FLAGS = ("training", "grad_checkpointing", "fused_attn")
 
 
 def state_of(model):
-    """All that a call could leave behind on a model or in the current thread, to be compared bit by bit."""
+    """Return everything that a call could leave behind on a model or in the current thread."""
     modules, parameters = list(model.modules()), list(model.parameters())
     return {
         "weights": {name: raw(t) for name, t in model.state_dict().items()},

@@ -1,4 +1,4 @@
-"""Models of nobody's library, and models with something odd about them, around the layers of a tiny ViT."""
+"""Models with something odd about them, and models of no library, around the layers of a tiny ViT."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class ReadsPatches(VisionTransformer):
 
 
 class InfiniteGradient(VisionTransformer):
-    """Its scores are finite, their gradients are not."""
+    """Computes finite scores with infinite gradients."""
 
     def forward_head(self, x, pre_logits=False):
         x = x[:, 0] + (x[:, 0] - x[:, 0]).sqrt()
@@ -41,14 +41,14 @@ class NoGrad(VisionTransformer):
 
 
 class NoAttention(VisionTransformer):
-    """Its blocks do something else."""
+    """Skips its blocks."""
 
     def forward_features(self, x, **options):
         return self.norm(self._pos_embed(self.patch_embed(x)))
 
 
 class Detour(VisionTransformer):
-    """Reads the class token in a way that could as well read others."""
+    """Reads the class token by functions that could also read other tokens."""
 
     def forward_head(self, x, pre_logits=False):
         x = x.flip(1)[:, -1]
@@ -56,7 +56,7 @@ class Detour(VisionTransformer):
 
 
 class MixesAtTheEnd(VisionTransformer):
-    """The mean of all tokens is added to each: the class row of the last block is not alone."""
+    """Adds the mean of all tokens to every token."""
 
     def forward_features(self, x, **options):
         x = super().forward_features(x, **options)
@@ -64,14 +64,14 @@ class MixesAtTheEnd(VisionTransformer):
 
 
 class Neighbour(VisionTransformer):
-    """The second token, a patch, is read."""
+    """Reads the second token, a patch."""
 
     def forward_head(self, x, pre_logits=False):
         return x[:, 1] if pre_logits else self.head(x[:, 1])
 
 
 class Subclass(VisionTransformer):
-    """Somebody's own class on top of timm's."""
+    """User's class on top of timm's."""
 
 
 class FrozenStem(VisionTransformer):
@@ -81,7 +81,7 @@ class FrozenStem(VisionTransformer):
 
 
 class Augments(VisionTransformer):
-    __module__ = "timm.models.mine"  # those of others are not looked at so closely: see Turned
+    __module__ = "timm.models.mine"  # the patch order is checked only for classes outside of timm, see Turned
 
     def forward(self, x):
         return super().forward(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).mean(0)
@@ -94,7 +94,7 @@ class Turned(VisionTransformer):
 
 
 class Early(VisionTransformer):
-    """Leaves after the second block."""
+    """Scores the output of the second block."""
 
     def forward(self, x):
         x = self._pos_embed(self.patch_embed(x))
@@ -109,7 +109,7 @@ class Early(VisionTransformer):
 
 
 class DropsAlways(Attention):
-    """Attention dropout that forgets about eval mode: what comes out is not the attention row times the values."""
+    """Drops attention also in eval mode: T is not A V."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -119,7 +119,7 @@ class DropsAlways(Attention):
 
 
 class AlsoOfKeys(Attention):
-    """What it hands on is more than the attention row times the values."""
+    """Adds A K to A V."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -128,7 +128,7 @@ class AlsoOfKeys(Attention):
 
 
 class Grouped(Attention):
-    """Grouped-query attention: all heads share the keys and values of the first."""
+    """Shares the keys and values of the first head among all (grouped-query attention)."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -140,14 +140,14 @@ class Grouped(Attention):
 
 
 class SecondToken(nn.Module):
-    """Adds a part of the token before to each, between two blocks."""
+    """Adds half of the previous token to each token."""
 
     def forward(self, x):
         return x + 0.5 * x.roll(1, 1)
 
 
 class RootMeanSquare(nn.RMSNorm):
-    """Written out, as timm does."""
+    """Writes the norm out, as timm does."""
 
     def forward(self, x):
         return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * self.weight
@@ -175,7 +175,7 @@ class DiffAugment(nn.Identity):
 
 
 class Plain(nn.Module):
-    """The forward of a ViT, written down once more, around the layers of one."""
+    """Writes the forward of a ViT once more, around its layers."""
 
     def __init__(self, vit, fused=True):
         super().__init__()
@@ -234,7 +234,7 @@ class PlainWithoutConvolution(Plain):
 
 
 class PlainLastUnread(Plain):
-    """Computes an attention more, to no effect."""
+    """Computes one more attention, without effect."""
 
     def pool(self, x):
         q = x.unsqueeze(1)
@@ -255,14 +255,14 @@ class PlainReversed(Plain):
 
 
 class PlainOtherKeys(Plain):
-    """The same output: attention does not mind the order of keys and values."""
+    """Reorders keys and values, which does not change the output."""
 
     def attend(self, q, k, v):
         return super().attend(q, *(torch.cat([x[:, :, :1], x[:, :, 1:].flip(2)], 2) for x in (k, v)))
 
 
 class PlainHeadsFirst(Plain):
-    """(H, B, N, d) instead of (B, H, N, d), where both are 2."""
+    """Attends with (H, B, N, d) instead of (B, H, N, d), both of which are 2."""
 
     def attend(self, q, k, v):
         return super().attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1)
@@ -284,14 +284,14 @@ class PlainPartlyEinsum(Plain):
 
 
 class PlainChannels(Plain):
-    """Attention between channels, as in XCiT."""
+    """Attends between channels, as XCiT."""
 
     def attend(self, q, k, v):
         return super().attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3)).transpose(2, 3)
 
 
 class Crop(nn.Module):
-    """Sees a part of the image."""
+    """Passes a part of the image on."""
 
     def __init__(self, inner):
         super().__init__()
@@ -302,7 +302,7 @@ class Crop(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention as tutorials write it: nn.MultiheadAttention that also returns its weights."""
+    """Block as tutorials write it, with an nn.MultiheadAttention that also returns its weights."""
 
     def __init__(self):
         super().__init__()

@@ -304,7 +304,7 @@ def attention_outputs(model: nn.Module):
             return [module.register_forward_hook(lambda m, args, output: see(m, output[0], lambda x: x))]
         reader, read = reader_of(module)
         handles = [reader.register_forward_pre_hook(lambda r, args: see(module, args[0], read))] if reader else []
-        if type(module).__name__ == "MultiScaleAttention":  # it adds its queries to T
+        if type(module).__name__ == "MultiScaleAttention":  # adds its queries to T
 
             def remember(norm, args, q):
                 added[module] = q.transpose(1, 2).flatten(2)

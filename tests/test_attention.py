@@ -1,4 +1,4 @@
-"""The recorder of attention alone, without the method and without shortcuts."""
+"""The recorder sees every attention and hands on its exact matrix, without the method and without shortcuts."""
 
 import pytest
 import torch
@@ -39,12 +39,12 @@ def random_qkv(options):
 
 
 def whole_matrix(q, k, options):
-    """A `(B, H, N, N)`: what the attention makes of unit vectors as values."""
+    """Return A `(B, H, N, N)`: attention returns its rows if the values are unit vectors."""
     return F.scaled_dot_product_attention(q, k, torch.eye(N).expand(*k.shape[:2], N, N), **options)
 
 
 class Attend(nn.Module):
-    """Calls a function that attends."""
+    """Module that calls a function."""
 
     def __init__(self, function):
         super().__init__()
@@ -55,7 +55,7 @@ class Attend(nn.Module):
 
 
 def record(function, *arguments, queries=1, gradient=None):
-    """Record one module that calls a function: its output, and `(call, A, C)` of every attention that was seen."""
+    """Run a function in a recorded module: return its output, and `(call, A, C)` of every attention that was seen."""
     module, seen = Attend(function), []
     layer = AttentionLayer(module, (N, 1), prefix=0, queries=queries)
     recorder = AttentionRecorder([layer], lambda *received: seen.append(received))
@@ -69,7 +69,7 @@ def record(function, *arguments, queries=1, gradient=None):
 
 
 def record_fused(options, queries=1):
-    """Record one fused attention of random tensors: its call, A, C, the values of every head, and the gradient."""
+    """Record one fused attention of random tensors: return call, A, C, the values of every head, and the gradient."""
     q, k, v = random_qkv(options)
     gradient = random_images(B, H, N, HEAD)
     function = lambda *qkv: F.scaled_dot_product_attention(*qkv, **options)  # noqa: E731
@@ -84,11 +84,11 @@ def record_fused(options, queries=1):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def remainder(given, told):
-    """max |sum_j S_b[j] - T_b| if torch's attention gets the options `given`, and `fused_matrix` others."""
+def largest_error(given, assumed):
+    """Return max |sum_j S_b[j] - T_b| if attention gets the options `given`, and `fused_matrix` those `assumed`."""
     q, k, v = random_qkv(given)
     T = F.scaled_dot_product_attention(q, k, v, **given)[:, :, 0]
-    row = fused_matrix(q, k, v, **told).rows(slice(1))
+    row = fused_matrix(q, k, v, **assumed).rows(slice(1))
     assert row.shape == (B, H, 1, N)
     torch.testing.assert_close(row.sum(-1), torch.ones(B, H, 1))
     S = row[:, :, 0, :, None] * v.repeat_interleave(H // v.shape[1], 1)
@@ -97,7 +97,7 @@ def remainder(given, told):
 
 @every_option
 def test_semantic_maps_sum_to_the_attention_output(options):
-    assert remainder(options, options) < 1e-5
+    assert largest_error(options, options) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_semantic_maps_sum_to_the_attention_output(options):
     [(options, key) for options in ATTENTION_OPTIONS.values() for key in options if key != "enable_gqa"],
 )
 def test_negative_control_every_option_counts(options, left_out):
-    assert remainder(options, {k: v for k, v in options.items() if k != left_out}) > 1e-2
+    assert largest_error(options, {k: v for k, v in options.items() if k != left_out}) > 1e-2
 
 
 @pytest.mark.parametrize("queries", [1, 2])
@@ -174,7 +174,7 @@ def test_open_attention_is_seen(softmax, product):
         return PRODUCT[product](SOFTMAX[softmax](q @ k.transpose(2, 3) * HEAD**-0.5) * 0.9, v)
 
     T, [(call, A, C)] = record(attend, q, k, v, queries=2, gradient=gradient)
-    matrix = 0.9 * whole_matrix(q, k, {})  # what multiplies the values counts, also if it is no longer a softmax
+    matrix = 0.9 * whole_matrix(q, k, {})  # the factor that multiplies the values counts, not the softmax
     assert torch.equal(T, attend(q, k, v)) and call.shape == (B, N, N)
     torch.testing.assert_close(A.rows(slice(2)), matrix[:, :, :2])
     torch.testing.assert_close(A.vjp(C), matrix.transpose(2, 3) @ gradient)
@@ -209,7 +209,7 @@ def test_matrix_that_multiplies_twice_is_seen_twice():
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_multihead_attention_is_seen_module_after_module(need_weights):
-    """It hides what it computes from a function mode; and it must not stop the recorder."""
+    """nn.MultiheadAttention hides its attention from function modes; the recorder goes on after the first module."""
     layers = [nn.MultiheadAttention(24, 2, batch_first=True) for _ in range(3)]
     model, seen, x = nn.ModuleList(layers), [], random_images(B, N, 24)
 
@@ -261,7 +261,7 @@ def test_outputs_come_with_their_graph_and_gradients_in_reverse(model, images):
     assert [call.layer for call, _ in outputs] == [call.layer for call, _ in reversed(gradients)] == plan
     for (call, T), (_, C), gradient in zip(outputs, reversed(gradients), received):
         assert T.requires_grad and T.shape == (2, 2, 17, 12) and torch.equal(call.output, T[:, :, :1])
-        assert torch.equal(C, gradient)  # dY/dT: that of autograd
+        assert torch.equal(C, gradient)  # dY/dT as autograd computes it
 
 
 def test_graph_begins_at_the_first_attention_and_spares_the_weights(model, images):
@@ -286,7 +286,7 @@ def test_model_is_attached_in_eval_mode_and_with_gradients(model, images):
     with torch.inference_mode(), recorder.attached(model):
         assert not any(module.training for module in model.modules())
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        model(images + 0)  # it is not told to record
+        model(images + 0)  # not called by `run`
     assert not recorder.calls and all(module.training for module in model.modules())
 
 
@@ -303,5 +303,5 @@ def test_no_attention_matrix_is_made(options, rows, model, images):
 
     with Shapes():
         attention_flow(model, images, rows=rows, **options)
-    assert (17, TINY["embed_dim"] // TINY["num_heads"]) in seen  # q, k, v: so the mode does see the attention
+    assert (17, TINY["embed_dim"] // TINY["num_heads"]) in seen  # q, k and v: the mode does see the attention
     assert (17, 17) not in seen

@@ -1,4 +1,4 @@
-"""From maps to pictures: render, overlay, labels, contact sheets, frames of several classes."""
+"""Maps become pictures: render, overlay, labels, contact sheets, frames of several classes."""
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ def test_render_is_the_formula(grid, size, as_tensor):
     heat = render(torch.from_numpy(flow).requires_grad_() if as_tensor else flow, size)
     assert heat.dtype == np.uint8 and heat.shape == (5, *(size or grid))
     assert np.array_equal(heat, plain_render(flow, size))
-    assert heat.max() > 200 or size == (5, 6)  # made smaller, the peak is averaged away
+    assert heat.max() > 200 or size == (5, 6)  # at a smaller size the peak is averaged away
 
 
 def test_render_spans_all_grey_levels():
@@ -39,7 +39,7 @@ def test_render_spans_all_grey_levels():
 
 def test_render_of_flat_maps_is_zero():
     flow = np.stack([np.zeros((3, 3)), np.full((3, 3), 2.0), np.eye(3)]).astype(np.float32)
-    with np.errstate(all="raise"):  # a division of zero by zero, cast to uint8, may be zero by chance
+    with np.errstate(all="raise"):  # 0 / 0, cast to uint8, may be zero by chance
         heat = render(flow, (6, 6))
         assert not heat[:2].any() and heat[2].max() == 255
         assert not render(np.zeros((2, 3, 3), np.float32)).any()
@@ -123,7 +123,7 @@ def test_overlay_errors(picture, heat, labels, match):
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (30, 30)])
 @pytest.mark.parametrize("columns, rows", [(3, 2), (4, 2), (6, 1), (1, 5)])
-def test_sheet_shows_the_picture_and_every_frame(columns, rows, size):
+def test_contact_sheet_shows_the_picture_and_every_frame(columns, rows, size):
     red = solid((200, 0, 0), size)
     frames = [solid((10 * b, 200, 100), size) for b in range(1, 6)]
     page = contact_sheet(red, frames, "a caption", columns, side=60)
@@ -138,7 +138,7 @@ def test_sheet_shows_the_picture_and_every_frame(columns, rows, size):
     assert corners[0][0] == top and corners[0][1] > left + shape[1]
 
 
-def test_sheet_writes_the_caption_below_the_picture():
+def test_contact_sheet_writes_the_caption_below_the_picture():
     def dark(caption):
         page = np.asarray(contact_sheet(solid("red"), [solid("lime")], caption, side=100))
         return np.nonzero((page < 100).all(2))[0], box(page, (255, 0, 0)), len(page)
@@ -153,7 +153,7 @@ def test_sheet_writes_the_caption_below_the_picture():
     assert heights == sorted(set(heights))
 
 
-def test_sheet_of_several_classes_is_in_the_scale_of_the_picture():
+def test_contact_sheet_of_several_classes_is_in_the_scale_of_the_picture():
     colours = [(200, 10 * b, 100) for b in range(4)]
     frames = side_by_side([[solid(colour) for colour in colours], [solid("lime")] * 4])
     page = contact_sheet(solid("red"), frames, "", 2, side=40)
@@ -164,7 +164,7 @@ def test_sheet_of_several_classes_is_in_the_scale_of_the_picture():
     assert y0 == y1 < y2 and left + width < x0 == x2
     lime = np.nonzero((np.asarray(page)[y0] == (0, 255, 0)).all(1))[0]
     between = lime[lime < x1].max(), lime[lime < x1].min()
-    assert x1 - between[0] > 2 * (between[1] - (x0 + width)) > 0  # frames are further apart than the panels of one
+    assert x1 - between[0] > 2 * (between[1] - (x0 + width)) > 0  # frames are further apart than panels
 
 
 def test_side_by_side():
@@ -182,7 +182,7 @@ def test_side_by_side_with_titles():
     panels = [[solid("red", (120, 80))], [solid("lime", (120, 80))]]
     plain, titled, cut = (side_by_side(panels, t)[0] for t in (None, ("cup", "i"), ("cup" * 50, "i" * 500)))
     top = titled.height - plain.height
-    assert top > 10 and np.array_equal(np.asarray(titled)[top:], np.asarray(plain))  # nothing of the pictures is hidden
+    assert top > 10 and np.array_equal(np.asarray(titled)[top:], np.asarray(plain))  # the pictures stay visible
     assert cut.size == titled.size
     for page, widest in ((titled, 40), (cut, 120)):
         for left in (0, page.width - 120):

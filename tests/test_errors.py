@@ -1,4 +1,4 @@
-"""All that `attention_flow` refuses, in which words: one line that names the argument first."""
+"""Everything that `attention_flow` refuses, in one line that names the argument first."""
 
 import re
 from functools import partial
@@ -51,7 +51,7 @@ OTHER = "pass a model of timm, torchvision or transformers itself"
 
 
 def case(match, model=tiny_vit, images=IMAGES, error=None, **options):
-    """A call that is refused: how to make the model, its images, options, and what the message says."""
+    """Make a row of the table: a call, and the message with which it is refused."""
     error = error or (UnsupportedModel if match.startswith("model") else ValueError)
     return pytest.param(match, model, images, error, options, id=match)
 
@@ -66,7 +66,7 @@ def no_family(match, kind):
 
 
 def with_own_layers():
-    """A model of transformers whose layers have another name."""
+    """Return a model of transformers whose layers have another name."""
     model = from_transformers("", "ViTForImageClassification").make()
     for layer in model.vit.layers:
         layer.__class__ = type("Mine", (type(layer),), {})
@@ -74,7 +74,7 @@ def with_own_layers():
 
 
 def backbone():
-    """A model of transformers that hooks into itself when it first runs."""
+    """Return a model of transformers after its first run, when it registers hooks of its own."""
     model = from_transformers("", "Dinov2Backbone").make()
     model(IMAGES)
     return model
@@ -275,7 +275,7 @@ def test_refused(match, model, images, error, options):
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
 def test_refused_models_of_the_table(row):
-    """In one line; the reasons are in the table."""
+    """The reasons are in the table of docs/models.md."""
     message = refusal(row)
     assert message.startswith("model: ") and "\n" not in message
 

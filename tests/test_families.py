@@ -1,4 +1,4 @@
-"""Every family of models, row by row of the support table: the identity, the maps made of it, and what breaks it."""
+"""Every row of the support table: semantic maps sum to the attention, make the maps, and notice a missing term."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ WIDTH = TINY["embed_dim"]
 
 
 @pytest.mark.parametrize("row", DECOMPOSED + ALL_ROWS, ids=lambda row: row.name)
-def test_semantic_maps_sum_to_what_the_attention_hands_on(row):
+def test_semantic_maps_sum_to_the_output_of_the_attention(row):
     result = measured(row)
     assert len(result.S) >= result.flow.block_maps.shape[1] >= 1
     assert result.error < 1e-5
@@ -50,13 +50,13 @@ WEIGHTED = [row for row in DECOMPOSED if not row.batch and "torchvision" not in 
 
 @pytest.mark.parametrize("row", WEIGHTED, ids=lambda row: row.name)
 def test_maps_are_the_semantic_maps_weighted_by_the_gradient(row):
-    """With S from the test above, and the gradient that hooks of the test saw. The patches are the last keys."""
+    """The maps follow from S of the test above and the gradient that hooks saw. The patches are the last keys."""
     result = measured(row)
     w = (lambda c: c) if "importance" in row.flow else torch.relu
     size, layers = result.flow.block_maps.shape[-2:], []
     for S, C in zip(result.S, result.C, strict=True):
         tokens = torch.einsum("bnqc,bqc->bn", S, w(C[:, : S.shape[2]])).relu()
-        side = math.isqrt(tokens.shape[1])  # of the square of patches; less than that are prefix tokens
+        side = math.isqrt(tokens.shape[1])  # the patches are a square; fewer tokens than the next one are prefix tokens
         grid = tokens[:, -(side**2) :].reshape(-1, 1, side, side)
         if side != size[0]:
             stretched = F.interpolate(grid, size, mode="bilinear")
@@ -79,7 +79,7 @@ TWO_FORMS = [
 
 @pytest.mark.parametrize("row", TWO_FORMS, ids=lambda row: row.name)
 def test_fused_and_open_attention_give_the_same_maps(row):
-    """Open, a model makes the matrix itself, with its own biases and rotations.
+    """With open attention, the model computes the matrix itself, with its own biases and rotations.
 
     The model is in float64: the two forms add in another order, and what float32 makes of that depends on the CPU.
     """
@@ -97,7 +97,7 @@ def test_fused_and_open_attention_give_the_same_maps(row):
 
 
 def test_torchvision_agrees_with_timm(images):
-    """The same weights in both; without gradients, nn.MultiheadAttention has a path that hides its attention."""
+    """Both have the same weights; without gradients, nn.MultiheadAttention takes a path that hides its attention."""
     model, timms = tiny_torchvision(), tiny_vit(mlp_ratio=2.0)
     with torch.no_grad():
         timms.cls_token.copy_(model.class_token)
@@ -122,7 +122,7 @@ def test_torchvision_agrees_with_timm(images):
 
 
 def test_table_of_the_page_is_the_one_that_is_measured():
-    """All but the errors, which differ from machine to machine."""
+    """Errors differ from machine to machine; all else is compared."""
     start, end = MARKERS
     written = PAGE.read_text(encoding="utf-8").split(start)[1].split(end)[0].strip().splitlines()
 
@@ -136,7 +136,7 @@ def test_table_of_the_page_is_the_one_that_is_measured():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Negative controls: a term that is left out is noticed, by the table and by the call itself
+# Negative controls: the table and the call itself notice a term that is left out
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +162,7 @@ def without_value_bias(module, x, query, key, value, mask):
     [
         ("rotary position embedding", without_rotation),
         ("DINOv3", without_rotation),
-        ("BEiT", without_mask),  # it carries the relative position bias
+        ("BEiT", without_mask),  # the mask is the relative position bias
         ("BEiT", without_query_bias),
         ("BEiT", without_value_bias),
         ("DINOv3 with biases", without_value_bias),
@@ -170,15 +170,15 @@ def without_value_bias(module, x, query, key, value, mask):
     ],
 )
 def test_negative_control(family, term_left_out):
-    row, inputs = row_of(family), []  # the module that attends, and what it reads
+    row, inputs = row_of(family), []  # the attention module and its input
     plain = AttentionRecorder.attend
 
     def attend(recorder, func, matrix_of, named):
-        def told(query, key, value, attn_mask=None, **_):
+        def wrong_matrix(query, key, value, attn_mask=None, **_):
             return matrix_of(*term_left_out(*seen, query, key, value, attn_mask))
 
         seen = tuple(inputs)
-        return plain(recorder, func, told, named)
+        return plain(recorder, func, wrong_matrix, named)
 
     def make():
         model = row.make()
@@ -244,6 +244,6 @@ def test_models_of_one_channel():
 
 
 def test_only_size_that_is_no_multiple_of_the_patch():
-    """As vit_so400m_patch14_siglip_384: the convolution leaves the rest out."""
+    """As in vit_so400m_patch14_siglip_384, the convolution ignores the last pixels."""
     flow = attention_flow(tiny_vit(img_size=36), random_images(1, 3, 36, 36))
     assert flow.block_maps.shape == (1, 3, 4, 4)

@@ -1,4 +1,4 @@
-"""Features, and the number of classes, of models of every library."""
+"""Features and the number of classes are known for models of every library."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_features_of_torchvision_before_the_last_layer(images):
 
 
 def test_features_of_another_model_of_torchvision(images):
-    """Not its scores, which would make a memory bank that nobody wants."""
+    """Its scores must not pass for features: they would make a useless memory bank."""
     model = torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4).eval()
     with pytest.raises(
         UnsupportedModel, match="^model: the features of torchvision's ResNet are not known; use a VisionTransformer$"

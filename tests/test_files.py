@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: atomic writes, GIFs, the folder of a flow."""
+"""Files are written atomically: single files, GIFs, the folder of a flow."""
 
 import json
 import os
@@ -28,19 +28,19 @@ BLOCKS = TINY["depth"]
 
 
 @pytest.mark.parametrize("old", [None, "old"])
-def test_whole_file_appears_at_the_end(tmp_path, old):
+def test_atomic_write_shows_the_file_at_the_end(tmp_path, old):
     path = tmp_path / "a.txt"
     if old:
         path.write_text(old)
     with atomic_write(path) as part:
         part.write_text("new")
-        assert part.parent == tmp_path and part != path  # the same folder: a rename is atomic only there
+        assert part.parent == tmp_path and part != path  # in the same folder, since only there a rename is atomic
         assert path.exists() == bool(old) and (not old or path.read_text() == old)
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_whole_file_does_not_appear_after_an_exception(tmp_path, error):
+def test_atomic_write_leaves_nothing_after_an_exception(tmp_path, error):
     with pytest.raises(error), atomic_write(str(tmp_path / "a.txt")) as part:
         part.write_text("half")
         raise error
@@ -132,7 +132,7 @@ def test_save_flow_writes_the_chosen_image(flow, tmp_path):
 
 @pytest.mark.parametrize("classes, columns", [(1, 4), (2, 3), (4, 1)])
 def test_save_flow_of_several_classes(model, images, tmp_path, classes, columns):
-    """A frame has a panel for every class, each drawn by its own maximum."""
+    """A frame has a panel for every class, each scaled by its own maximum."""
     flow = attention_flow(model, images, [[4, 1, 0, 2][:classes]] * 2)
     picture, names = Image.fromarray(random_picture(64, 96)), ["cup", "ewer", "lotus", "crab"][:classes]
     folder = save_flow(tmp_path / "a", picture, flow, 1, "caption", titles=names)
@@ -151,7 +151,7 @@ def test_save_flow_of_several_classes(model, images, tmp_path, classes, columns)
 
 
 def test_save_flow_with_more_pictures(flow, tmp_path):
-    """A picture, or what draws it; when that fails, nothing is written."""
+    """Pictures are images or functions that draw one; if one fails, nothing is written."""
     folder = save_flow(
         tmp_path / "a", solid("red"), flow, pictures={"b.png": solid("blue"), "c.png": lambda: solid("lime")}
     )

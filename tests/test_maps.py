@@ -1,4 +1,4 @@
-"""The maps of a flow, against a plain derivation of the method.
+"""Maps of a flow are those of a plain derivation of the method.
 
 The models are small and their weights random: what is tested is arithmetic, which no training changes.
 """
@@ -44,7 +44,7 @@ WEIGHTS = {"ReLU": torch.relu, "identity": lambda C: C}
 @pytest.mark.parametrize("w", WEIGHTS)
 @pytest.mark.parametrize("queries", [1, 2])
 def test_block_map_is_the_weighted_sum_of_the_semantic_map(queries, w, heads):
-    """Eqs. 2 and 5, with S_b stored in full: for every query, key, head and channel."""
+    """Compute Eqs. 2 and 5 with S_b stored in full, for every query, key, head and channel."""
     a = random_images(IMAGES, HEADS, queries, TOKENS).softmax(-1)
     V, C = random_images(IMAGES, HEADS, TOKENS, HEAD_WIDTH), random_images(IMAGES, HEADS, queries, HEAD_WIDTH)
     actual = block_map(a, V, C, WEIGHTS[w], heads)
@@ -76,7 +76,7 @@ def test_maps_are_added_block_after_block():
 
 
 def plain_importance(f, bank, labels, k, temperature):
-    """Eqs. 7 and 8 of one feature `(D,)`, after the vote of its k nearest neighbours."""
+    """Compute Eqs. 7 and 8 for one feature `(D,)`, after the vote of its k nearest neighbours."""
     f = f / f.norm()
     nearest = sorted(range(len(bank)), key=lambda row: -(f @ bank[row]).item())[:k]
     votes = {}
@@ -150,7 +150,7 @@ def test_timm_models_match_the_derivation(name, options, size, dtype):
 
 
 def test_mask_of_a_model_is_seen(images):
-    """A model that hides some patches: they get no heat, and an image that differs only there gets the same maps."""
+    """Hidden patches get no heat, and an image that differs only there gets the same maps."""
 
     class Masked(VisionTransformer):
         def forward_features(self, x, **options):
@@ -324,7 +324,7 @@ def test_variants_of_an_importance(model, images):
 
 
 def test_variants_of_all_rows(images):
-    """By head, and only then over the heads: sum_h ReLU(V . dY/dV)."""
+    """ReLU is taken head by head, before heads are added: sum_h ReLU(V . dY/dV)."""
     model, values = tiny_vit(global_pool="avg"), []
     hooks = []
     for block in model.blocks:
@@ -362,7 +362,7 @@ def test_all_rows_match_the_derivation(options, fused, importance):
 
 
 def test_all_rows_of_a_model_with_an_attention_pool(images):
-    """The blocks, and the pool as the last frame."""
+    """The steps are the blocks, and the pool as the last one."""
     model = row_of("SigLIP, attention pool").make()
     of_query, of_all = (attention_flow(model, images, rows=rows).block_maps for rows in ("class", "patches"))
     assert of_query.shape == (2, 1, 4, 4) and of_all.shape == (2, 4, 4, 4)
@@ -386,7 +386,7 @@ def test_norm_of_a_flat_map_is_zero():
 
 
 def test_norm_of_images_that_fill_a_part_of_the_grid():
-    """What is outside of an image neither counts nor gets a value; K maps of an image share the part."""
+    """Cells outside of an image do not count and stay zero, for all K maps of the image."""
     maps = torch.tensor([[[[0.0, 3.0, 5.0, 9.0]]], [[[4.0, 4.0, 4.0, 0.0]]]])  # (B, L, h, w)
     inside = torch.tensor([[[0, 1, 1, 1]], [[1, 1, 1, 0]]]).bool()
     expected = torch.tensor([[[[0.0, 0.0, 1 / 3, 1.0]]], [[[0.0, 0.0, 0.0, 0.0]]]])

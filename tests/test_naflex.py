@@ -1,4 +1,4 @@
-"""NaFlexViT: batches of images whose patch grids differ."""
+"""NaFlexViT takes batches of images with different patch grids."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTH = TINY["embed_dim"]
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rows", ["class", "patches"])
 def test_naflex_patches_find_their_places(rows, norm):
-    """A padded batch gives each image what it gets alone."""
+    """An image gets the same maps in a padded batch as alone."""
     row = next(r for r in (DECOMPOSED if rows == "class" else ALL_ROWS) if r.batch)
     model, batch = row.make(), naflex_batch()
     together = attention_flow(model, batch, target=[1, 3], rows=rows, norm=norm)
@@ -30,7 +30,7 @@ def test_naflex_patches_find_their_places(rows, norm):
 
 
 def test_batch_of_the_naflex_collator():
-    """It says how many patches there are at most, too."""
+    """The collator also returns the number of patches."""
     model = row_of("NaFlexViT, padded batch").make()
     patches = [{name: x[i] for name, x in naflex_batch().items()} for i in range(2)]
     batch, _ = NaFlexCollator(16)([(image, 0) for image in patches])

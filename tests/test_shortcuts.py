@@ -1,4 +1,4 @@
-"""What saves time and memory changes nothing: tokens are skipped, blocks are computed again."""
+"""Shortcuts save time and memory and change nothing: tokens are skipped, blocks are recomputed."""
 
 import re
 from contextlib import contextmanager
@@ -51,11 +51,11 @@ class Flows:
     fast: AttentionFlow
     low: AttentionFlow
     skipping: int
-    """Functions that were called on the first rows alone."""
+    """Number of functions that were called on the first rows only."""
     runs: int
-    """Forwards of the fast flow."""
+    """Number of forwards of the fast flow."""
     recomputed: list[nn.Module]
-    """Blocks that were computed again, in order."""
+    """Blocks that were recomputed, in order."""
 
 
 @pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
@@ -76,7 +76,7 @@ def test_shortcuts_change_nothing(flows):
     assert flows.fast.decomposed == flows.plain.decomposed
 
 
-def test_rows_that_lead_nowhere_are_left_out(flows):
+def test_tokens_that_cannot_affect_the_score_are_skipped(flows):
     all_count = flows.row in ALL_ROWS or WHOLE.search(f"{flows.row.family} {flows.row.example}")
     assert (flows.skipping == 0) == bool(all_count)
     assert flows.runs == 1  # nothing is given up on the way
@@ -94,7 +94,7 @@ def test_low_memory_is_bit_equal(flows):
 
 
 def rows_of(model, images, **options):
-    """How many tokens the MLP of every block saw, forward by forward, and the flow."""
+    """Return how many tokens the MLP of every block saw, forward by forward, and the flow."""
     seen = []
     handles = [b.mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1])) for b in model.blocks]
     flow = attention_flow(model, images, **options)
@@ -109,8 +109,8 @@ def test_last_block_goes_on_with_the_class_token_alone(model, images):
     assert rows_of(tiny_vit(depth=1), images)[0] == [1]
 
 
-def test_first_block_needs_the_graph_of_the_class_token_alone(model, images):
-    """The gradient at the first attention's output: of the class token as ever, of the patches none."""
+def test_first_block_has_a_graph_for_the_class_token_only(model, images):
+    """At the output of the first attention, the class token gets a gradient and the patches get none."""
     gradients = []
 
     def watch(module, args):
@@ -125,19 +125,19 @@ def test_first_block_needs_the_graph_of_the_class_token_alone(model, images):
     assert gradients == [1] + [17] * (BLOCKS - 1)
 
 
-def test_a_model_that_goes_on_in_another_way_runs_for_all_tokens(images):
+def test_model_that_may_read_other_tokens_runs_again_for_all_tokens(images):
     expected = attention_flow(tiny_vit(), images)
     seen, flow = rows_of(tiny_vit(Detour), images)
-    assert seen == [17] * (BLOCKS - 1) + [1] + [17] * BLOCKS  # the forward that was given up, and the one that counts
+    assert seen == [17] * (BLOCKS - 1) + [1] + [17] * BLOCKS  # the forward that was abandoned, and the one that counts
     torch.testing.assert_close(flow.block_maps, expected.block_maps, rtol=1e-4, atol=1e-7)
 
 
-def test_norms_that_are_written_out(images):
+def test_norms_that_are_written_out_are_skipped_too(images):
     assert rows_of(tiny_vit(norm_layer=RootMeanSquare), images)[0] == [17] * (BLOCKS - 1) + [1]
 
 
 def test_tokens_that_mix_between_the_first_two_attentions(images):
-    """The graph of the first rows ends where tokens mix; what mixed before reached it through these rows only."""
+    """The shortcut ends as soon as tokens mix: from there on all rows have a graph."""
     model = tiny_vit()
     model.blocks[0].ls2 = SecondToken()
     flow = attention_flow(model, images)
@@ -165,7 +165,7 @@ def test_tokens_that_mix_between_the_first_two_attentions(images):
         (lambda x: x.softmax(1), ""),
         (lambda x: x.shape, "looks"),
         (lambda x: x.mT, ""),
-        (lambda x: x.mean(-1, keepdim=True), ""),  # of positional arguments nothing is known
+        (lambda x: x.mean(-1, keepdim=True), ""),  # only a named dim is known
         (lambda x: x.mean(dim=-1, keepdim=True), "computes"),
         (lambda x: x.mean(dim=1, keepdim=True), ""),
         (lambda x: x.chunk(chunks=2), ""),
@@ -173,7 +173,7 @@ def test_tokens_that_mix_between_the_first_two_attentions(images):
         (lambda x: torch.ones(4).softmax(0), "looks"),
     ],
 )
-def test_what_is_known_to_treat_tokens_one_by_one(call, kind):
+def test_functions_that_are_known_to_treat_tokens_one_by_one(call, kind):
     kinds = []
 
     class Record(torch.overrides.TorchFunctionMode):
@@ -209,7 +209,7 @@ def test_low_memory_in_every_way(model, images):
 
 
 def test_automatic_memory_goes_by_the_size_of_the_graph_of_one_image(model, images):
-    graph = 10 * BLOCKS * 17 * TINY["embed_dim"] * 4  # bytes, with the block that is never computed again
+    graph = 10 * BLOCKS * 17 * TINY["embed_dim"] * 4  # bytes, including the last block, which is never recomputed
     twice = [17] * (BLOCKS - 1) + [1] + [17] * (BLOCKS - 1)
     once = twice[:BLOCKS]
     graph = graph * (BLOCKS - 1) // BLOCKS
@@ -242,7 +242,7 @@ def test_block_that_draws_random_numbers_draws_the_same_again(model, images):
 
 
 def test_hooks_of_a_block_see_its_arguments_once(model, images):
-    """What a hook of somebody else makes of the input and the output of a block is not made again."""
+    """A recomputation does not call other people's hooks of the block a second time."""
     model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
     model.blocks[1].register_forward_hook(lambda module, args, output: F.gelu(output))
     fast, low = (attention_flow(model, images, memory=memory).block_maps for memory in ("fast", "low"))
@@ -251,7 +251,7 @@ def test_hooks_of_a_block_see_its_arguments_once(model, images):
 
 @pytest.fixture
 def one_thread():
-    """Fused attention works in 1 MB for every thread."""
+    """Pin one thread: fused attention allocates 1 MB for every thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -259,7 +259,7 @@ def one_thread():
 
 
 def allocations(call):
-    """Bytes of every allocation, negative where memory is given back, in their order."""
+    """Return the bytes of every allocation in order, negative if memory is freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
     return [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -276,7 +276,7 @@ def peak(sizes):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("target", [0, [[0, 1]]], ids=["one class", "two classes"])
 def test_nothing_as_large_as_an_attention_matrix_is_allocated(memory, target, one_thread):
-    """Counted by torch's allocator, which also sees what is inside of the fused attention and its backward."""
+    """The profiler of torch also sees allocations inside of the fused attention and its backward."""
     model = tiny_vit(img_size=192, patch_size=4, num_heads=2, embed_dim=16, depth=3)  # 2,305 tokens
     images = random_images(1, 3, 192, 192)
     sizes = allocations(lambda: attention_flow(model, images, target, memory=memory))

@@ -1,4 +1,4 @@
-"""What a flow leaves behind, on the model, in the thread and in memory: nothing."""
+"""A flow leaves nothing behind: on the model, in the thread, in memory, in other threads."""
 
 import gc
 import threading
@@ -20,7 +20,7 @@ WIDTH = TINY["embed_dim"]
 
 
 def in_disorder(model):
-    """The model in a state that a call has to give back: mixed modes, frozen parts, gradients, checkpointing."""
+    """Return the model with mixed modes, frozen parts, gradients and checkpointing, which a call must not change."""
     model.train()
     model.blocks[1].eval()
     model.blocks[2].mlp.eval()
@@ -87,7 +87,7 @@ def test_forward_that_a_block_has_as_its_own_attribute_is_given_back(accident, m
     model.blocks[1].forward = own
     with pytest.raises(accident) if accident else nullcontext():
         assert torch.equal(attention_flow(model, images, memory="low").block_maps, expected)
-    assert len(runs) == 2  # it was computed again
+    assert len(runs) == 2  # it was recomputed
     assert model.blocks[1].forward is own and not any("forward" in vars(b) for b in (model.blocks[0], model.blocks[2]))
 
 
@@ -142,7 +142,7 @@ def refused_target(model):
 
 @contextmanager
 def raising_second_pass(model):
-    """Only with memory="low" does an MLP run again when the backward comes."""
+    """With memory="low", the MLP runs once more in the backward."""
     runs = []
 
     def hook(module, args):
@@ -211,7 +211,7 @@ def test_gradient_checkpointing_changes_nothing(model, images):
 @every_way
 @pytest.mark.parametrize("accident", [None, raising_backward], ids=["after success", "after an exception"])
 def test_no_memory_is_kept(accident, way, model, images):
-    """Without the help of the garbage collector: a cycle would hold the graph of one call until some later time."""
+    """Memory is free without the garbage collector: a reference cycle would keep the graph of a call for a while."""
     captured = []
     for block in model.blocks:
         block.attn.qkv.register_forward_hook(
@@ -225,7 +225,7 @@ def test_no_memory_is_kept(accident, way, model, images):
     def living_tensors():
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    explain()  # what is made once is made now
+    explain()  # fills caches
     gc.collect()
     gc.disable()
     try:
@@ -264,7 +264,7 @@ def test_two_threads_at_once(shared, way):
 
 @contextmanager
 def standing_still(model, images, **options):
-    """A flow in another thread that stands still in the middle of its first, or of its second, pass."""
+    """Run a flow in another thread that waits in the middle of its forward, or of a recomputation (`second`)."""
     inside, go_on = threading.Event(), threading.Event()
     this_thread, runs = threading.get_ident(), []
     second = options.pop("second", False)
@@ -295,7 +295,7 @@ STANDS = {**WAYS, "low memory, second pass": {"memory": "low", "second": True}}
 @pytest.mark.parametrize("way", STANDS.values(), ids=STANDS)
 @pytest.mark.parametrize("shared", [False, True], ids=["another model", "the same model"])
 def test_a_flow_does_not_show_in_other_threads(shared, way, model, images):
-    """This thread uses a model while a flow of another thread stands still."""
+    """This thread uses a model while a flow waits in another thread."""
     other = model if shared else tiny_vit()
     with torch.no_grad():
         expected_scores = model(images)
@@ -325,7 +325,7 @@ def test_flows_with_little_memory_of_one_model_wait_for_each_other(model, images
 
 
 def test_flow_inside_of_a_flow(model, images):
-    """A callable may explain the same model in the same thread."""
+    """A callable may explain the same model again, in the same thread."""
     inner = []
 
     def importance(features):

@@ -1,4 +1,4 @@
-"""Models of no known family, and subclasses and wrappers of known ones."""
+"""Models of no known family are decomposed, and so are subclasses and wrappers of known models."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from daam_vit.libraries import library_of
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "open"])
 def test_model_of_no_known_family(fused, images):
-    """A ViT that is nobody's class, with timm's weights: its run says where the class token attends to the patches."""
+    """A ViT of no library, with timm's layers, gets the maps of timm's model."""
     timms = tiny_vit()
     model = Plain(timms, fused)
     flow, expected = attention_flow(model, images), attention_flow(timms, images)

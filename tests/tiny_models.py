@@ -1,4 +1,4 @@
-"""Small models with random weights, for the tests: what is tested is arithmetic, which no training changes."""
+"""Small models with random weights: the tests are about arithmetic, which no training changes."""
 
 import timm
 import torch

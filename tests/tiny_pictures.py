@@ -1,11 +1,11 @@
-"""Small flows and pictures to draw, and ways to look at what was drawn."""
+"""Small flows and pictures to draw, and functions that look at the result."""
 
 import numpy as np
 from PIL import Image
 
 
 def random_flow(blocks=12, h=4, w=4):
-    """Running sums of maps that are never negative, `(L, h, w)` float32."""
+    """Return running sums of random maps, `(L, h, w)` float32."""
     return np.random.default_rng(h * w).gamma(1, 1, (blocks, h, w)).astype(np.float32).cumsum(0)
 
 
@@ -18,7 +18,7 @@ def solid(colour, size=(40, 20)):
 
 
 def box(page, colour):
-    """Top, left, height, width of the only rectangle of this colour on the page."""
+    """Return top, left, height and width of the only rectangle of this colour on the page."""
     ys, xs = np.nonzero((np.asarray(page) == colour).all(2))
     top, left, height, width = ys.min(), xs.min(), np.ptp(ys) + 1, np.ptp(xs) + 1
     assert len(ys) == height * width
@@ -26,7 +26,7 @@ def box(page, colour):
 
 
 def read_gif(path):
-    """All frames as RGB arrays, and their durations."""
+    """Return all frames as RGB arrays, and their durations."""
     with Image.open(path) as gif:
         frames, durations = [], []
         for b in range(gif.n_frames):
