@@ -269,7 +269,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cases", nargs="+", default=QUICK, metavar="MODEL:PIXELS:BATCH",
         help=f"or all (default: {' '.join(QUICK)}; all adds {' '.join(ALL[len(QUICK):])})")  # fmt: skip
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
+        help=f"one or more of {', '.join(METHODS)} (default: all)")  # fmt: skip
     add("--rounds", type=number(int, 1, 1000), default=7, help="most rounds of a case (default: %(default)s)")
     add("--seconds", type=number(float, 0, 1e6), default=180,
         help="time limit of the rounds of a case; the first one always runs (default: %(default)s)")  # fmt: skip

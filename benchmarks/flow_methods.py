@@ -169,7 +169,7 @@ METHODS = {
     "forward + backward": Method(forward_backward, "the gradient of the score of the class for the images alone"),
     "ours (fast)": Method(partial(ours, memory="fast"), "`attention_flow(..., memory='fast')`", same_maps=True),
     "ours (low)": Method(partial(ours, memory="low"), "`attention_flow(..., memory='low')`", same_maps=True),
-    "ours, no shortcuts": Method(
+    "ours (no shortcuts)": Method(
         partial(ours, memory="fast", shortcuts=False), "`attention_flow(..., shortcuts=False)`", same_maps=True
     ),
     "ours, one by one": Method(ours_one_by_one, "`ours (fast)`, image after image", same_maps=True),

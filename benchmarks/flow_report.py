@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- table: benchmark -->", "<!-- end of table -->"
 SHORT = {"deit_small_patch16_224": "DeiT-S/16", "vit_small_patch8_224": "ViT-S/8"}
 """Short names of models."""
-EXTRA = ("ours, one by one", "ours, no shortcuts")
+EXTRA = ("ours, one by one", "ours (no shortcuts)")
 """Methods without a column in the table of the page."""
 COLOURS = {
     "forward": "#b0b0b0", BASE: "#606060", "ours (fast)": "#d55e00", "ours (low)": "#e69f00",
