@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from evaluation.metrics import HEADINGS
 from evaluation.records import Values
@@ -72,6 +71,8 @@ def intervals(values: np.ndarray, seed: int = 0) -> np.ndarray:
     Returns:
         `(K, 3)`: mean, low, high. NaN values are left out; a single value has no interval, and no value no mean.
     """
+    from scipy import stats
+
     result = np.full((len(values), 3), np.nan)
     for rows, present in _same_columns(values):
         result[rows, 0] = present.mean(1)
@@ -99,6 +100,8 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> np.ndarray:
     Returns:
         `(K,)`. NaN values are left out; a single value has no p.
     """
+    from scipy import stats
+
     p = np.full(len(differences), np.nan)
     for rows, present in _same_columns(differences):
         if present.shape[1] > 1:

@@ -5,7 +5,8 @@
 
 Ours comes from daam_core, Grad-CAM from pytorch-grad-cam and integrated gradients from captum. Methods that no library
 offers for every ViT are written here in a few lines each, with their source. They need models whose attention is
-between all tokens, once a block.
+between all tokens, once a block. Libraries of the extra `evaluation` are slow to import, so each is imported by the
+function that needs it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients
-from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 
 from daam_core import UnsupportedModel
@@ -181,6 +180,8 @@ def gradcam(explained: Explained) -> Tensor:
 
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391.
     """
+    from pytorch_grad_cam import GradCAM
+
     _check_timm(explained, "gradcam", "blocks")
     last = explained.model.blocks[-1]
     if not hasattr(last, "norm1"):
@@ -217,6 +218,7 @@ def integrated_gradients(explained: Explained) -> Tensor:
 
     Sundararajan, Taly, Yan 2017, https://arxiv.org/abs/1703.01365.
     """
+    from captum.attr import IntegratedGradients
 
     def score(images: Tensor, grad_outputs: Tensor) -> Tensor:
         return (explained.decision.outputs(images) * grad_outputs).sum(1)

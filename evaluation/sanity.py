@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from evaluation.methods import METHODS, Explained
@@ -93,5 +92,7 @@ def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
     """Return Spearman's correlation of two maps `(h, w)`; 0 if one of them is flat."""
+    from scipy.stats import spearmanr
+
     a, b = (m.flatten().cpu().numpy() for m in (first, second))
     return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)

@@ -292,7 +292,7 @@ def test_help(evaluate):
 
 
 def test_without_the_extra(offline, tmp_path):
-    """As if captum were not installed: a module of that name that cannot be imported comes before it."""
-    (tmp_path / "captum.py").write_text("raise ModuleNotFoundError(name='captum')")
+    """As if captum were not installed."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['captum'] = None")
     result = run("--help", env=offline | {"PYTHONPATH": str(tmp_path)})
     one_line_error(result, "error: captum is not installed; pip install -e '.[evaluation]'")

@@ -4,11 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_grad_cam.metrics.perturbation_confidence import (
-    PerturbationConfidenceMetric,
-    RemoveLeastRelevantFirst,
-    RemoveMostRelevantFirst,
-)
 from tiny_decisions import decision_of
 from tiny_models import random_images, tiny_vit
 
@@ -34,10 +29,12 @@ def test_removal_curves_one_by_one(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, remove", [("deletion", RemoveMostRelevantFirst), ("insertion", RemoveLeastRelevantFirst)]
+    "kind, remove", [("deletion", "RemoveMostRelevantFirst"), ("insertion", "RemoveLeastRelevantFirst")]
 )
 def test_deletion_and_insertion_against_pytorch_grad_cam(kind, remove):
     """The removals of that library, with the mean colour as its imputer, at every share of patches."""
+    from pytorch_grad_cam.metrics import perturbation_confidence as theirs
+
     model = tiny_vit()
     image, heat = random_images(1, 3, 32, 32), torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(1))
     curves = metrics.removal_curves(decision_of(model), image[0], 2, heat, 8, ("mean",))
@@ -48,7 +45,7 @@ def test_deletion_and_insertion_against_pytorch_grad_cam(kind, remove):
 
     for s in range(1, 8):
         kept = 100 * (1 - s / 8 if kind == "deletion" else s / 8)
-        metric = PerturbationConfidenceMetric(remove(kept, mean_colour))
+        metric = theirs.PerturbationConfidenceMetric(getattr(theirs, remove)(kept, mean_colour))
         targets = [lambda scores: scores.softmax(0)[2]]
         found = metric(image, pixels, targets, model, return_diff=False)[0]
         assert found == pytest.approx(curves[f"{kind}_mean"][0, s].item(), abs=1e-5)

@@ -20,7 +20,6 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-import transformers
 from PIL import Image
 from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
 from tiny_checkpoints import fake_cache
@@ -633,6 +632,8 @@ def test_rows_that_a_family_does_not_have(explain, tmp_path, monkeypatch):
 
 
 def test_transformers_model_from_a_folder(offline, explain, tmp_path, monkeypatch):
+    import transformers
+
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
         id2label={0: "cat", 1: "dog", 2: "cup"},

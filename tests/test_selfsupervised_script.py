@@ -12,7 +12,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import transformers
 from PIL import Image
 from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
 from tiny_banks import BACKBONE, rows, write_bank
@@ -386,6 +385,8 @@ def test_xcit_in_the_layout_of_dino(own_bank, explain, capfd, tmp_path):
 
 
 def test_transformers_model_and_its_bank(offline, own_bank, explain, tmp_path, monkeypatch):
+    import transformers
+
     monkeypatch.chdir(tmp_path)
     config = transformers.Dinov2Config(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8

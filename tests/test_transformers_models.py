@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from huggingface_hub import constants as hub
 from PIL import Image
 from tiny_checkpoints import refused
@@ -33,6 +32,8 @@ CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
 def saved(folder, kind="ViTForImageClassification", processor="ViTImageProcessor", **settings):
     """Write a tiny random model with `save_pretrained`, and its image processor; return the model."""
+    import transformers
+
     cls = getattr(transformers, kind)
     torch.manual_seed(0)
     model = cls(cls.config_class(**SHAPE, **settings)).eval()
@@ -125,6 +126,8 @@ def test_half_precision_becomes_float32_and_attention_is_fused(tmp_path):
 
 
 def test_a_load_is_silent_and_leaves_transformers_as_it_was(tmp_path, capfd, request):
+    import transformers
+
     saved(tmp_path, "ViTForMaskedImageModeling")  # its decoder is not wanted, of which transformers would tell
     told = transformers.utils.logging
     stream = io.StringIO()
@@ -229,6 +232,8 @@ def test_a_folder_that_is_not_whole(tmp_path, change, message):
 
 
 def test_a_model_that_takes_no_images(tmp_path):
+    import transformers
+
     own = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     transformers.BertModel(transformers.BertConfig(**own), add_pooling_layer=False).save_pretrained(tmp_path)
     refused(f"hf:{tmp_path}", "says the image size")
@@ -247,6 +252,8 @@ def test_a_checkpoint_beside_a_folder(tmp_path):
 
 
 def test_the_transform_does_what_the_image_processor_does(tmp_path):
+    import transformers
+
     saved(tmp_path)
     processor = transformers.ViTImageProcessor(
         size={"height": 48, "width": 32}, resample=3, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
