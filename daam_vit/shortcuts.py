@@ -5,7 +5,7 @@ Three shortcuts:
 1. After the last attention, tokens that cannot affect the score are skipped: its other queries are not computed, and
    all that follows sees the first rows only.
 2. Between the first and the second attention, the graph of matrix products holds the first rows only: the gradient of
-   the other tokens would end at the first attention, whose other rows are not read.
+   the other rows would end at the first attention, and no map reads it there.
 3. With little memory, a block keeps its input and what its fused attention returned, and computes the rest again in the
    backward (Chen et al. 2016, "Training deep nets with sublinear memory cost", https://arxiv.org/abs/1604.06174).
 
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -54,18 +53,21 @@ class ShortcutRecorder(AttentionRecorder):
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """As the base class; unless memory is "fast", with `recomputed_blocks`, for one flow of a model at a time."""
-        with super().attached(model), ExitStack() as stack:
-            if self.memory != "fast":
-                stack.enter_context(_lock_of(model))
-                stack.enter_context(recomputed_blocks(self, blocks_around(model, self.recomputable)))
+        """Attach as the base class does; unless memory is "fast", with `recomputed_blocks`."""
+        blocks = [] if self.memory == "fast" else blocks_around(model, self.recomputable)
+        with super().attached(model), recomputed_blocks(self, blocks):
             yield
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-        """As the base class; if rows mix after the last attention, once more for all tokens."""
+        """Run as the base class does; if rows mix after the last attention, run once more for all tokens."""
         try:
             with suppress(_MixesRows):
-                return super().run(forward, *args)
+                output = super().run(forward, *args)
+                if (
+                    self.after_last and getattr(output, "ndim", 2) > 2
+                ):  # no score: its tokens must not be the first rows
+                    raise _MixesRows(forward)
+                return output
             self.last = self.after_first = self.after_last = None
             self._leave_layer()
             self.calls.clear()
@@ -75,14 +77,14 @@ class ShortcutRecorder(AttentionRecorder):
             self.after_first = self.after_last = None
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """As the base class, on the first rows only where nothing else counts."""
+        """Call as the base class does, on the first rows only if the others do not count."""
         if self.after_last is not None:
             return _on_first_rows(*self.after_last, func, args, kwargs)
         if self.after_first is None:
             return super().see(func, args, kwargs)
         kind = row_kind(func, args, kwargs)
         if kind and func is F.linear and args and args[0].shape[1:-1] == self.after_first[1:]:
-            return _linear_with_graph_of(self.after_first[0], *args, **kwargs)
+            return _linear_with_partial_graph(self.after_first[0], *args, **kwargs)
         if not kind:
             self.after_first = None
         output = super().see(func, args, kwargs)
@@ -91,7 +93,7 @@ class ShortcutRecorder(AttentionRecorder):
         return output
 
     def attend(self, func: Callable, matrix_of: Callable[..., AttentionMatrix], named: dict[str, Any]) -> Tensor:
-        """As the base class; of the last layer only the first queries are computed."""
+        """Attend as the base class does; compute only the first queries of the last layer."""
         assert self.layer is not None
         name = "query" if "query" in named else "input"
         tokens = named[name].shape[-2]
@@ -163,7 +165,7 @@ def _on_first_rows(rows: int, tokens: int, func: Callable, args: tuple, kwargs: 
     raise _MixesRows(func)
 
 
-def _linear_with_graph_of(rows: int, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
+def _linear_with_partial_graph(rows: int, x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
     """Call `F.linear` on tokens `(B, N, C)`, with a graph for the first rows only."""
     parts = x[:, :rows].contiguous(), x.detach()[:, rows:].contiguous()
     return torch.cat([F.linear(part, *weights, **named) for part in parts], 1)
@@ -192,13 +194,6 @@ _LOOKS = {
 # Blocks that are recomputed
 # ----------------------------------------------------------------------------------------------------------------------
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-"""One lock a model: while `forward` of its blocks is replaced, no other flow may replace it."""
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    return _locks.setdefault(model, threading.RLock())
-
 
 def blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the innermost elements of module lists that contain the given modules, or that they are themselves."""
@@ -212,34 +207,58 @@ def blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Mod
 
 @contextmanager
 def recomputed_blocks(recorder: ShortcutRecorder, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Run blocks under `torch.utils.checkpoint` while the recorder runs; other threads run them as they are."""
-    own = {block: block.__dict__.get("forward") for block in blocks}
+    """Replace `forward` of blocks, so that the recorder recomputes them; other threads run them as they are."""
     try:
-        for block in blocks:
-            block.forward = partial(_run_block, recorder, len(blocks), block, block.forward)
+        with _replacing:
+            for block in blocks:
+                forward = block.__dict__.get("forward")
+                if not isinstance(forward, _Forward):
+                    block.forward = forward = _Forward(block, len(blocks))
+                forward.recorders.append(recorder)
         yield
     except CheckpointError as error:
         raise UnsupportedModel(
             f"model: a {type(recorder.recomputed).__name__} does not compute the same twice; pass memory='fast'"
         ) from error
     finally:
-        for block, forward in own.items():
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
+        with _replacing:
+            for block in blocks:
+                forward = block.__dict__.get("forward")
+                if isinstance(forward, _Forward) and recorder in forward.recorders:
+                    forward.remove(recorder)
 
 
-def _run_block(
-    recorder: ShortcutRecorder, blocks: int, block: nn.Module, forward: Callable, *args: Any, **kwargs: Any
-) -> Any:
-    tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    # a block keeps about 10 N C values: norm1, qkv (3), T, norm2, MLP (4)
-    graph = 0 if tokens is None else 10 * blocks * math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
-    if not recorder.is_running() or not (recorder.memory == "low" or graph > LARGE_GRAPH):
-        return forward(*args, **kwargs)
-    outputs = _AttentionOutputs()
-    contexts = outputs, _SecondPass(recorder, block, outputs)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+_replacing = threading.Lock()
+
+
+class _Forward:
+    """Stands for `forward` of a block while recorders are attached to it, of one thread or of several."""
+
+    def __init__(self, block: nn.Module, num_blocks: int):
+        self.block, self.num_blocks = block, num_blocks
+        self.plain, self.own = block.forward, block.__dict__.get("forward")  # own: an attribute of the block itself
+        self.recorders: list[ShortcutRecorder] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = next((r for r in [*self.recorders] if r.is_running()), None)
+        if recorder is None or not (recorder.memory == "low" or self._graph_bytes(args, kwargs) > LARGE_GRAPH):
+            return self.plain(*args, **kwargs)
+        outputs = _AttentionOutputs()
+        contexts = outputs, _SecondPass(recorder, self.block, outputs)
+        return checkpoint(self.plain, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+
+    def _graph_bytes(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Return what all blocks keep of an image: about 10 N C values each, norm1, qkv (3), T, norm2 and MLP (4)."""
+        tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        return 0 if tokens is None else 10 * self.num_blocks * math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
+
+    def remove(self, recorder: ShortcutRecorder) -> None:
+        """Detach a recorder; the last one puts `forward` back."""
+        self.recorders.remove(recorder)
+        if not self.recorders:
+            del self.block.forward
+            if self.own is not None:
+                self.block.forward = self.own
 
 
 class _AttentionOutputs(TorchDispatchMode):

@@ -213,7 +213,7 @@ MODELS = [
     case("model: attention was seen 2 times in the AlsoOfKeys of", partial(tiny_vit, attn_layer=AlsoOfKeys)),
     case("model: .* is not the sum of its semantic maps", partial(tiny_vit, attn_layer=DropsAlways)),
     case("model: .* does not depend on its attention", partial(tiny_vit, NoGrad)),
-    case(r"model: expected class scores or features \(B, D\), got an output \(2, \d+, 5\)",
+    case(r"model: expected class scores or features \(B, D\), got an output \(2, 17, 5\)",
          partial(tiny_vit, ReturnsTokens)),
     case("model: the score of ReadsPatches reads the patch tokens and not the class", partial(tiny_vit, ReadsPatches)),
     case("model: .* reads the patch tokens and not", partial(tiny_vit, ReadsPatches), importance=ONES),

@@ -314,14 +314,24 @@ def test_a_flow_does_not_show_in_other_threads(shared, way, model, images):
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
-def test_flows_with_little_memory_of_one_model_wait_for_each_other(model, images):
+@pytest.mark.parametrize("second", [False, True], ids=["forward", "second pass"])
+def test_flows_with_little_memory_of_one_model_do_not_wait_for_each_other(second, model, images):
     expected = attention_flow(model, images, memory="low")
-    with ThreadPoolExecutor(1) as pool:
-        with standing_still(model, images, memory="low") as first:
-            second = pool.submit(attention_flow, model, images, memory="low")
-            assert not second.done() and not first.done()
-        assert torch.equal(second.result(timeout=30).block_maps, expected.block_maps)
+    with standing_still(model, images, memory="low", second=second) as first:
+        assert torch.equal(attention_flow(model, images, memory="low").block_maps, expected.block_maps)
+        assert not first.done()
+    assert torch.equal(first.result(timeout=30).block_maps, expected.block_maps)
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_flows_with_little_memory_of_models_that_share_a_block(model, images):
+    other = tiny_vit(depth=4)
+    other.blocks[1] = model.blocks[1]
+    expected = [attention_flow(m, images, memory="low").block_maps for m in (model, other)]
+    with standing_still(model, images, memory="low") as first:
+        assert torch.equal(attention_flow(other, images, memory="low").block_maps, expected[1])
+    assert torch.equal(first.result(timeout=30).block_maps, expected[0])
+    assert not any("forward" in vars(block) for block in (*model.blocks, *other.blocks))
 
 
 def test_flow_inside_of_a_flow(model, images):
