@@ -3,9 +3,9 @@
 Reference: Liao, Gao, Zhang, "Dynamic accumulated attention map for interpreting evolution of decision-making in vision
 transformer", Pattern Recognition 165 (2025) 111607, https://arxiv.org/abs/2503.14640.
 
-    flow = attention_flow(model, images)                # images (B, 3, H, W), as the model wants them
+    flow = attention_flow(model, images)                # images (B, 3, H, W), as the model expects
     heat = render(flow.accumulated[0])                  # (L, h, w) uint8
-    save_gif(overlay(photo, heat), "flow.gif")          # one frame a block
+    save_gif(overlay(photo, heat), "flow.gif")          # one frame per block
 
 In every block b the class token is the only query. Symbols as in the paper and in timm: B images, L blocks, H heads of
 width d, C = H * d channels, N tokens, patch grid h x w; f is a feature of width D, z a row of a memory bank.
@@ -119,7 +119,7 @@ def block_map(
         `(B, N)`: L_b over all keys, prefix tokens included.
     """
     wC_V = w(C) @ V.transpose(-2, -1)  # (B, H, Q, N)   w(C) . V[j], for every head
-    wC_S = (a * wC_V).sum(2)  # (B, H, N)   w(C) . S[j], for every head
+    wC_S = (a * wC_V).sum(2)  # (B, H, N)   w(C) . S[j], for every head   Eq. 2
     return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)   Eq. 5
 
 
@@ -219,17 +219,17 @@ class AttentionFlow:
     accumulated: Tensor
     """`(B, L, h, w)` float32: A_b, the running sum over blocks; the last one is the final explanation."""
     output: Tensor
-    """`(B, num_classes)` scores, or the `(B, D)` features if `importance` was given; in the model's dtype."""
+    """`(B, num_classes)` scores, or the `(B, D)` features if `importance` was passed; in the model's dtype."""
     target: Tensor | None
-    """`(B,)` explained class indices, int64, or `(B, K)` as they were given; None if `importance` was given."""
+    """`(B,)` explained class indices, int64, or `(B, K)` as they were passed; None if `importance` was passed."""
     rows: str = "class"
-    """As given: "class", or "patches" for all rows."""
+    """As passed: "class", or "patches" for all rows."""
     decomposed: str = ""
     """What the steps are, in words: "class token, 12 blocks", "class token, 2 class-attention blocks", ..."""
     num_prefix_tokens: int = 1
     """Keys before the patches in the first attention that is decomposed."""
     variant: str = "paper"
-    """As given."""
+    """As passed."""
 
 
 def attention_flow(
@@ -247,10 +247,10 @@ def attention_flow(
 
     Args:
         model: a Vision Transformer of timm, torchvision or transformers (`daam_vit.families.FAMILIES`), or any other
-            one whose tokens are a class token and patches from a convolution. It runs in eval mode and is given back as
-            it was, also after an exception. Threads may explain several models at once, or share one that is in eval
-            mode (except models with timm's differential attention).
-        images: `(B, C, H, W)`, floating point and normalised as the model wants them; moved to its device and dtype.
+            one whose tokens are a class token and patches from a convolution. It runs in eval mode and is restored
+            afterwards, even after an exception. Threads may explain several models at once, or share one that is in
+            eval mode (except models with timm's differential attention).
+        images: `(B, C, H, W)`, floating point and normalised as the model expects; moved to its device and dtype.
             NaFlexVit also takes the dict of timm's collator, with `patches`, `patch_coord` and `patch_valid`: maps of
             images with different grids then share the largest height and width, zero outside of their own.
         target: the class to explain: None for each image's predicted class, one index for all, one for each image, or
@@ -265,7 +265,7 @@ def attention_flow(
             rows of the attention matrix A and of C = dY/dT; with w = identity it is ReLU(sum_c V * dY/dV).
         memory: what is kept of every block for the backward: "fast", all that it needs; "low", the block's input and
             the output of its fused attention, from which the rest is computed again, bit for bit the same. "auto" is
-            "low" if a whole model would keep more than 256 MiB an image (ViT-S: from 1,600 tokens on). A model of no
+            "low" if a whole model would keep more than 256 MiB per image (ViT-S: from 1,600 tokens on). A model of no
             known family always runs "fast".
         variant: "paper" is the method of the paper. The evaluation compares it with two variants that are not in the
             paper: "signed" keeps the sign of the coefficients also for a class score, w = identity; "heads" does so,
@@ -276,12 +276,12 @@ def attention_flow(
             cost. For comparison; it needs `memory` "auto" or "fast".
 
     Returns:
-        An `AttentionFlow`, one map a block for every image. In models with patch grids of several sizes every map is
+        An `AttentionFlow`, one map per block for every image. In models with patch grids of several sizes every map is
         stretched to the finest one, bilinearly and so that its sum is kept.
 
     Raises:
-        UnsupportedModel: a `ValueError`, if the model has no class token, its score does not read it alone, or its
-            attention cannot be seen.
+        UnsupportedModel: a `ValueError`, if the score reads other tokens than the class token (or the queries of the
+            family: distillation token, attention pool), or the attention cannot be seen.
         ValueError: if `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
     """
@@ -316,18 +316,13 @@ def attention_flow(
         grad_outputs = dY.unbind(1) if dY.ndim == 3 else (dY,)  # K times (B, num_classes) or (B, D)
         maps.last, maps.scale = recorder.calls[-1], 128 if Y.dtype == torch.float16 else 1
         for k, grad_output in enumerate(grad_outputs, 1):
-            grad_output, again = maps.scale * grad_output, k < len(grad_outputs)
-            torch.autograd.grad(Y, recorder.leaves, grad_output, retain_graph=again, allow_unused=True)  # Eq. 4
+            grad_output, retain_graph = maps.scale * grad_output, k < len(grad_outputs)
+            torch.autograd.grad(Y, recorder.leaves, grad_output, retain_graph, allow_unused=True)  # C_b: Eq. 4
             check_backward(model, recorder.calls, maps.of_layer, maps.errors, k)
             if rows == "class":
                 check_queries(model, maps.read, maps.last.layer, or_all_rows(model))
 
-    on_grid = {
-        layer: torch.stack([layer.to_grid(L, plan.grid) for L in maps.of_layer[layer]], 1)  # (B, K, h, w)
-        for layer in plan.layers
-    }
-    steps = [torch.stack([on_grid[layer] for layer in step]).sum(0) for step in plan.steps]  # L times (B, K, h, w)
-    block_maps = torch.stack(steps, 2)  # (B, K, L, h, w)
+    block_maps = maps.of_steps(plan)  # (B, K, L, h, w)
     block_maps = block_maps if dY.ndim == 3 else block_maps.squeeze(1)  # (B, L, h, w)
     accumulated = accumulate(block_maps, norm, plan.valid_cells(images) if norm else None)  # Eq. 6
     return AttentionFlow(
@@ -361,6 +356,13 @@ class _LayerMaps:
             else:
                 L = block_map(a, V, C[..., queries, :], self.w, self.heads)  # (B, N)   Eqs. 2 and 5
         self.of_layer[layer].append(L)
+
+    def of_steps(self, plan: Plan) -> Tensor:
+        def on_grid(layer: AttentionLayer) -> Tensor:
+            return torch.stack([layer.to_grid(L, plan.grid) for L in self.of_layer[layer]], 1)  # (B, K, h, w)
+
+        steps = [torch.stack([on_grid(layer) for layer in step]).sum(0) for step in plan.steps]  # (B, K, h, w) each
+        return torch.stack(steps, 2)  # (B, K, L, h, w)
 
 
 def _recorder(plan: Plan | None, on_gradient: OnGradient, memory: str, shortcuts: bool) -> AttentionRecorder:

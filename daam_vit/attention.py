@@ -54,10 +54,10 @@ class AttentionCall:
 
 
 OnGradient = Callable[[AttentionCall, AttentionMatrix, Tensor], None]
-"""Receives a call, its matrix A and C = dY/dT `(B, H, M, d)`."""
+"""Called with a call, its matrix A and C = dY/dT `(B, H, M, d)`."""
 
 OnOutput = Callable[[AttentionCall, Tensor], None]
-"""Receives a call and its T `(B, H, M, d)`, with graph."""
+"""Called with a call and its T `(B, H, M, d)`, with graph."""
 
 
 class AttentionRecorder(TorchFunctionMode):
@@ -89,7 +89,7 @@ class AttentionRecorder(TorchFunctionMode):
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Set all that the run and its backward need; at the end the model is as it was, also after an exception."""
+        """Prepare the model for the run and its backward, and restore it at the end, even after an exception."""
         with torch.inference_mode(False), torch.enable_grad(), eval_mode(model), hooks(self._hooks(), self.is_running):
             yield
 
@@ -99,7 +99,7 @@ class AttentionRecorder(TorchFunctionMode):
             return forward(*args)
 
     def is_running(self) -> bool:
-        """Whether it records in the current thread."""
+        """Return whether it records in the current thread."""
         return self._threads[-1:] == [threading.get_ident()]
 
     def __enter__(self) -> AttentionRecorder:
@@ -152,7 +152,7 @@ class AttentionRecorder(TorchFunctionMode):
         return output
 
     def _is_attention(self, matrix: Tensor) -> bool:
-        """Whether a matrix multiplies values: the first after a softmax of its size, or the same one once more."""
+        """Return whether a matrix multiplies values: the first after a softmax of its size, or the same once more."""
         shape = tuple(matrix.shape[-2:])
         if matrix is not self._matrix and shape in self._softmaxes:
             self._softmaxes.remove(shape)
@@ -204,7 +204,7 @@ def _from_saved(
 
 
 def _without_weights(argument: Any) -> Any:
-    """Detach parameters, also in a list."""
+    """Detach parameters, including those in a list."""
     kind = type(argument)
     if kind in (list, tuple):
         return kind(map(_without_weights, argument))
@@ -217,8 +217,8 @@ _ATTRIBUTES = {"device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", 
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-# `nn.MultiheadAttention` computes in a function that a mode replaces as a whole and does not see into; this is the same
-# code without that exit.
+# A mode sees `F.multi_head_attention_forward` as one call, not the attention inside it. This copy of its code does not
+# hand itself to the mode, so the mode sees every function inside.
 _multi_head_attention_forward = FunctionType(
     F.multi_head_attention_forward.__code__,
     vars(F) | {"has_torch_function": lambda tensors: False},
@@ -255,7 +255,7 @@ def fused_matrix(
         if is_causal:
             position = torch.arange(max(query.shape[-2], key.shape[-2]), device=key.device)
             logits = logits.masked_fill(position[: key.shape[-2]] > position[queries, None], -torch.inf)
-        return logits.softmax(-1)  # (B, H, Q, N)
+        return logits.softmax(-1)  # (B, H, Q, N)   Eq. 1
 
     def vjp(gradient: Tensor) -> Tensor:  # the fused attention's own backward for v: no N x N matrix
         with torch.enable_grad():

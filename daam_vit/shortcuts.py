@@ -34,7 +34,7 @@ from daam_vit.libraries import UnsupportedModel
 from daam_vit.plan import Plan
 
 LARGE_GRAPH = 256 * 2**20
-"""Bytes an image; `memory="auto"` recomputes the blocks of a model that would keep more."""
+"""Bytes per image; `memory="auto"` recomputes the blocks of a model that would keep more."""
 
 
 class ShortcutRecorder(AttentionRecorder):
@@ -172,7 +172,7 @@ def _linear_with_partial_graph(rows: int, x: Tensor, *weights: Tensor, **named: 
 
 
 def _first_rows(rows: int, tokens: int, argument: Any) -> Any:
-    """Cut every `(B, N, C)` with N `tokens`, also in a list, to `(B, rows, C)`."""
+    """Cut every `(B, N, C)` with N `tokens`, including those in a list, to `(B, rows, C)`."""
     if type(argument) in (list, tuple):
         return type(argument)(_first_rows(rows, tokens, a) for a in argument)
     has_tokens = isinstance(argument, Tensor) and argument.ndim == 3 and argument.shape[1] == tokens
