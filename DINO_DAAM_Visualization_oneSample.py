@@ -186,11 +186,11 @@ def save(
         share = (votes[k] / votes.sum()).item()
         return {"index": k, "name": bank.class_name(k), "vote": share, "neighbours": (labels == k).sum().item()}
 
-    neighbours = describe_neighbours(bank, search.looked_at, i)
+    neighbours = describe_neighbours(bank, search.searched, i)
     if search.by_name:
         neighbours = [n for n in neighbours if n["index"] in explained]
     counts = [(sum(n["index"] == k for n in neighbours), short(bank.class_name(k))) for k in explained]
-    headline = f"{counts[0][0]} of the {search.looked_at.labels.shape[1]} nearest neighbours are {counts[0][1]}"
+    headline = f"{counts[0][0]} of the {search.searched.labels.shape[1]} nearest neighbours are {counts[0][1]}"
     headline += "".join(f", {n} {name}" for n, name in counts[1:])
     by_block = None if votes_by_block is None else votes_by_block[i] / votes_by_block[i].sum(1, keepdim=True)
     metadata = manifest(

@@ -50,7 +50,7 @@ from daam_vit.checks import (
     queries_read,
 )
 from daam_vit.drawing import block_labels, contact_sheet, overlay, render, side_by_side
-from daam_vit.families import or_all_rows, plan_of
+from daam_vit.families import all_rows_hint, plan_of
 from daam_vit.files import save_flow, save_gif
 from daam_vit.lens import logit_lens
 from daam_vit.libraries import (
@@ -67,7 +67,7 @@ from daam_vit.libraries import (
 from daam_vit.plan import AttentionLayer, Plan
 from daam_vit.plots import evolution_picture
 from daam_vit.shortcuts import ShortcutRecorder
-from daam_vit.unknown import AnyAttentionRecorder, check_unproven, plan_of_run
+from daam_vit.unknown import AnyAttentionRecorder, check_unverified, plan_of_run
 
 __all__ = [
     "AttentionFlow",
@@ -306,8 +306,8 @@ def attention_flow(
         Y = recorder.run(scores if importance is None else features, model, images)  # (B, num_classes) or (B, D)
         plan = plan or plan_of_run(model, images, recorder)
         check_forward(model, plan, recorder.calls, Y, images)
-        if plan.unproven is not None:
-            check_unproven(model, first_image(images), plan.unproven)
+        if plan.unverified is not None:
+            check_unverified(model, first_image(images), plan.unverified)
         if importance is None:
             indices = class_indices(target, Y.detach())  # (B,) or (B, K)
             dY = F.one_hot(indices, Y.shape[1]).to(Y)  # (B, num_classes) or (B, K, num_classes)
@@ -320,7 +320,7 @@ def attention_flow(
             torch.autograd.grad(Y, recorder.leaves, grad_output, retain_graph, allow_unused=True)  # C_b: Eq. 4
             check_backward(model, recorder.calls, maps.of_layer, maps.errors, k)
             if rows == "class":
-                check_queries(model, maps.read, maps.last.layer, or_all_rows(model))
+                check_queries(model, maps.read, maps.last.layer, all_rows_hint(model))
 
     block_maps = maps.of_steps(plan)  # (B, K, L, h, w)
     block_maps = block_maps if dY.ndim == 3 else block_maps.squeeze(1)  # (B, L, h, w)

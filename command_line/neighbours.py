@@ -21,7 +21,7 @@ class NeighbourSearch:
 
     vote: Vote
     """Vote of the k nearest neighbours on the class."""
-    looked_at: Vote
+    searched: Vote
     """Vote of the neighbours among which the classes to explain were found: the same, or more for classes by name."""
     classes: Tensor
     """`(B, K)` int64: the classes to explain. If fewer than K classes have votes, the first one fills the row."""
@@ -56,13 +56,13 @@ class NeighbourSearch:
         count = min(max(self.k, self.target_k), len(bank.labels)) if self.by_name else self.k
         similarities, rows = bank.nearest(features, count)
         self.vote = bank.vote(similarities[:, : self.k], rows[:, : self.k], self.temperature)
-        self.looked_at = bank.vote(similarities, rows, self.temperature)
+        self.searched = bank.vote(similarities, rows, self.temperature)
         if self.by_name:
             self.classes = torch.tensor(self.targets).expand(len(features), -1)
         else:
             votes, classes = self.vote.votes.topk(self.targets)
             self.classes = torch.where(votes > 0, classes, classes[:, :1])
-        return torch.stack([bank.importance_of(features, self.looked_at, c) for c in self.classes.unbind(1)], 1)
+        return torch.stack([bank.importance_of(features, self.searched, c) for c in self.classes.unbind(1)], 1)
 
     def votes(self, features: Tensor) -> Tensor:
         """Return the votes on the features of every block, `(B, L, D)` -> `(B, L, num_classes)`."""
@@ -85,7 +85,12 @@ def describe_neighbours(bank: MemoryBank, vote: Vote, index: int) -> list[dict]:
 
 
 def draw_neighbours(
-    photo: Image.Image, headline: str, neighbours: list[dict], explained: list[int], columns: int = 5, most: int = 40
+    photo: Image.Image,
+    headline: str,
+    neighbours: list[dict],
+    explained: list[int],
+    columns: int = 5,
+    max_count: int = 40,
 ) -> Image.Image:
     """Draw a photo beside its neighbours.
 
@@ -95,11 +100,11 @@ def draw_neighbours(
         neighbours: from `describe_neighbours`; a neighbour without a readable file is drawn as its name.
         explained: classes whose neighbours have a green frame.
         columns: number of neighbours in a row.
-        most: largest number of neighbours that are drawn.
+        max_count: largest number of neighbours that are drawn.
     """
     side, gap, line, left = 150, 10, 22, 320
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    neighbours = neighbours[:most]
+    neighbours = neighbours[:max_count]
     rows = -(-len(neighbours) // columns)
     query = resize_longest_side(photo, left, Image.Resampling.LANCZOS)
     top = 2 * gap + line

@@ -55,7 +55,7 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
         return None
     plan = family(model, images)
     derived = type(model).__module__.split(".")[0] != library_of(model)  # a user's own subclass may reorder the patches
-    unproven = plan.steps[0][0] if derived and family in ALL_ROWS and isinstance(images, Tensor) else None
+    unverified = plan.steps[0][0] if derived and family in ALL_ROWS and isinstance(images, Tensor) else None
     if all_rows:
         steps = [*plan.steps, *([[plan.pool]] if plan.pool else [])]
         steps = [[replace(layer, queries=None) for layer in step] for step in steps]
@@ -64,7 +64,7 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
         plan = Plan([[plan.pool]], "attention pool, 1 map")
     one_branch = not all_rows and all(len(step) == 1 for step in (plan.steps[0], plan.steps[-1]))
     last = plan.steps[-1][0] if one_branch and family not in WHOLE_LAST_BLOCK else None
-    return replace(plan, last=last, unproven=unproven)
+    return replace(plan, last=last, unverified=unverified)
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -72,12 +72,12 @@ def family_of(model: nn.Module) -> Family | None:
     return next((FAMILIES[name] for name in class_names_of(model) if name in FAMILIES), None)
 
 
-def or_all_rows(model: nn.Module) -> str:
+def all_rows_hint(model: nn.Module) -> str:
     """Return the rest of an error message: the way out that the family offers if the score reads the patches."""
     return " or ask for rows='patches' (--rows patches)" if family_of(model) in ALL_ROWS else ""
 
 
-def every_block(steps: list[list[AttentionLayer]]) -> Plan:
+def plan_of_blocks(steps: list[list[AttentionLayer]]) -> Plan:
     """Return the plan of a model in which every block is a step, and say so in words."""
     tokens = "class and distillation token" if steps[0][0].queries == 2 else "class token"
     return Plan(steps, f"{tokens}, {len(steps)} blocks")
@@ -97,7 +97,7 @@ def _check_pool(model: nn.Module) -> None:
     if getattr(owner, "cls_token", None) is None and not hasattr(model, "cls_token_0"):  # CrossViT's
         raise UnsupportedModel(
             f"model: {name} has no class token (global_pool={pool!r}); DAAM needs one query token that the score "
-            f"reads: use another model{or_all_rows(model)}"
+            f"reads: use another model{all_rows_hint(model)}"
         )
     if not pool:
         raise UnsupportedModel(f"model: {name} has no score (global_pool=''); build it with global_pool='token'")
@@ -106,7 +106,7 @@ def _check_pool(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"model: {name} has a class token but scores {read} (global_pool={pool!r}); the class row of the last "
             f"block has zero gradient. Build it with global_pool='token' (if the weights were trained so)"
-            f"{or_all_rows(model)}"
+            f"{all_rows_hint(model)}"
         )
 
 
@@ -169,7 +169,7 @@ def _vit_blocks(model: Any, grid: tuple[int, int], cells: Tensor | None = None) 
         # several attentions side by side (ParallelThingsBlock), one, or one that the block computes (ParallelScaling)
         modules = [a.attn for a in block.attns] if hasattr(block, "attns") else [getattr(block, "attn", block)]
         steps.append([layer(module, prefix=prefix) for module in modules])
-    plan, pool = every_block(steps), getattr(model, "attn_pool", None)
+    plan, pool = plan_of_blocks(steps), getattr(model, "attn_pool", None)
     if pool is None:
         return plan
     read = prefix if getattr(model, "pool_include_prefix", True) else 0
@@ -179,7 +179,7 @@ def _vit_blocks(model: Any, grid: tuple[int, int], cells: Tensor | None = None) 
 def distilled(model: Any, images: Tensor) -> Plan:
     """Distilled DeiT: the score is the mean of two heads, one for the class and one for the distillation token."""
     steps = vision_transformer(model, images).steps
-    return every_block([[replace(layer, queries=2) for layer in step] for step in steps])
+    return plan_of_blocks([[replace(layer, queries=2) for layer in step] for step in steps])
 
 
 def cait(model: Any, images: Tensor) -> Plan:
@@ -222,7 +222,7 @@ def pit(model: Any, images: Tensor) -> Plan:
         if stage.pool is not None:
             grid = _after_convolution(grid, stage.pool.conv)
         steps += [[AttentionLayer(block.attn, grid, tokens, queries=tokens)] for block in stage.blocks]
-    return every_block(steps)
+    return plan_of_blocks(steps)
 
 
 def crossvit(model: Any, images: Tensor) -> Plan:
@@ -248,7 +248,7 @@ def crossvit(model: Any, images: Tensor) -> Plan:
 def tnt(model: Any, images: Tensor) -> Plan:
     """TNT (Han et al. 2021): the outer attention, over patches; the inner one is over the pixels of each patch."""
     check_size(images, model.pixel_embed.img_size)
-    return every_block([[AttentionLayer(block.attn_out, model.pixel_embed.grid_size)] for block in model.blocks])
+    return plan_of_blocks([[AttentionLayer(block.attn_out, model.pixel_embed.grid_size)] for block in model.blocks])
 
 
 def mvit(model: Any, images: Tensor) -> Plan:
@@ -264,7 +264,7 @@ def mvit(model: Any, images: Tensor) -> Plan:
     for block in (block for stage in model.stages for block in stage.blocks):
         steps.append([AttentionLayer(block.attn, _after_convolution(grid, block.attn.pool_k))])
         grid = _after_convolution(grid, block.attn.pool_q)
-    return every_block(steps)
+    return plan_of_blocks(steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def torchvision(model: Any, images: Tensor) -> Plan:
     """VisionTransformer of torchvision."""
     check_size(images, (model.image_size,) * 2)
     grid = (model.image_size // model.patch_size,) * 2
-    return every_block([[AttentionLayer(layer.self_attention, grid)] for layer in model.encoder.layers])
+    return plan_of_blocks([[AttentionLayer(layer.self_attention, grid)] for layer in model.encoder.layers])
 
 
 def transformers(model: Any, images: Tensor) -> Plan:
@@ -291,7 +291,7 @@ def transformers(model: Any, images: Tensor) -> Plan:
     layers = [m for m in model.modules() if type(m).__name__.endswith("Layer") and hasattr(m, "attention")]
     if not layers:
         raise UnsupportedModel(f"model: {type(model).__name__} has no layers like those of transformers' ViTs")
-    return every_block([[AttentionLayer(layer.attention, grid, prefix, queries)] for layer in layers])
+    return plan_of_blocks([[AttentionLayer(layer.attention, grid, prefix, queries)] for layer in layers])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

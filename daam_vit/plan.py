@@ -57,7 +57,7 @@ class Plan:
     """The attention pool, in models whose score reads its query instead of the class token."""
     last: AttentionLayer | None = None
     """The last layer, if only its first queries reach the score: the others need not be computed."""
-    unproven: AttentionLayer | None = None
+    unverified: AttentionLayer | None = None
     """The first layer of a model whose order of the patches is not known and must be checked."""
 
     @property

@@ -82,11 +82,11 @@ class _Page:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(
-        self, x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", most: int = 0
+        self, x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", max_width: int = 0
     ) -> None:
-        """Write words, truncated to `most` pixels unless that is 0."""
+        """Write words, truncated to `max_width` pixels unless that is 0."""
         font = _font(_FINE * size)
-        words = truncate(words, font, _FINE * most) if most else words
+        words = truncate(words, font, _FINE * max_width) if max_width else words
         self.pen.text((_FINE * x, _FINE * y), words, colour, font, anchor=anchor)
 
     def heading(self, y: float, title: str, *lines: str) -> None:
@@ -177,7 +177,7 @@ def _draw_title(page: _Page, at: _Layout, leads_from: int | None, quantity: str)
     else:
         verdict = ("No explained class leads" if at.several > 1 else f"{at.names[0]} does not lead") + " at the end"
     said = f"{verdict}. {quantity.capitalize()} after the last block: {', '.join(at.ends)}."
-    page.text(24, 68, said, 18, most=at.width - 48)
+    page.text(24, 68, said, 18, max_width=at.width - 48)
 
 
 def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]]) -> None:
@@ -189,7 +189,7 @@ def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]]
         for x, frame in zip(at.centres, row):
             page.picture(x, y, frame, at.map_size)
         name_y = y + at.map_size[1] / 2
-        page.text(at.right + 12, name_y, at.names[k], 17, at.colours[k], most=at.width - at.right - 20)
+        page.text(at.right + 12, name_y, at.names[k], 17, at.colours[k], max_width=at.width - at.right - 20)
 
 
 def _draw_curves(page: _Page, at: _Layout, curves: Sequence[tuple[str, Sequence[float]]], quantity: str) -> None:
@@ -208,13 +208,13 @@ def _draw_curves(page: _Page, at: _Layout, curves: Sequence[tuple[str, Sequence[
             page.dot(x, y, radius, at.colours[k])
     ys = _apart([at.height(values[-1]) for _, values in curves], 22, at.top, at.bottom)
     for end, y, colour in zip(at.ends, ys, at.colours):
-        page.text(at.right + 12, y, end, 17, colour, most=at.width - at.right - 20)
+        page.text(at.right + 12, y, end, 17, colour, max_width=at.width - at.right - 20)
 
 
 def _draw_leaders(page: _Page, at: _Layout, leaders: Sequence[str]) -> None:
     page.text(at.left - 8, at.bottom + 30, "the class that leads", 14, _GREY, "rm")
     for x, name in zip(at.centres, leaders):
-        page.text(x, at.bottom + 30, name, 14, at.colour_of.get(name, _GREY), "mm", most=at.column - 6)
+        page.text(x, at.bottom + 30, name, 14, at.colour_of.get(name, _GREY), "mm", max_width=at.column - 6)
 
 
 def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]]) -> None:

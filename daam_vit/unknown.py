@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.checks import OTHER_MODEL, check_patch_order
-from daam_vit.families import every_block
+from daam_vit.families import plan_of_blocks
 from daam_vit.libraries import Images, UnsupportedModel, scores
 from daam_vit.plan import AttentionLayer, Plan
 
@@ -82,10 +82,10 @@ def plan_of_run(model: nn.Module, images: Images, recorder: AttentionRecorder) -
         raise UnsupportedModel(f"{name} is of no known family, and part of its attention is not seen; {OTHER_MODEL}")
     for call in calls:
         call.layer = AttentionLayer(model, grid)
-    return replace(every_block([[call.layer] for call in calls]), unproven=calls[0].layer)
+    return replace(plan_of_blocks([[call.layer] for call in calls]), unverified=calls[0].layer)
 
 
-def check_unproven(model: nn.Module, image: Images, first: AttentionLayer) -> None:
+def check_unverified(model: nn.Module, image: Images, first: AttentionLayer) -> None:
     """Hold the order of the patches in the first attention against the picture `(1, C, H, W)`.
 
     Raises:
