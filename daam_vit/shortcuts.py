@@ -197,12 +197,18 @@ _LOOKS = {
 
 def blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the innermost elements of module lists that contain the given modules, or that they are themselves."""
-    around: dict[nn.Module, nn.Module | None] = {model: None}
-    for parent in model.modules():
-        for child in parent.children():
-            in_list = isinstance(parent, nn.ModuleList | nn.Sequential)
-            around.setdefault(child, child if in_list else around[parent])
-    return [block for block in dict.fromkeys(around[module] for module in modules) if block is not None]
+    by_name = dict(model.named_modules())
+    names = {module: name for name, module in by_name.items()}
+    blocks: dict[nn.Module, None] = {}  # in order
+    for module in modules:
+        name = names[module]
+        while name:
+            parent = name.rpartition(".")[0]
+            if isinstance(by_name[parent], (nn.ModuleList, nn.Sequential)):
+                blocks[by_name[name]] = None
+                break
+            name = parent
+    return list(blocks)
 
 
 @contextmanager
