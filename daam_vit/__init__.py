@@ -1,12 +1,12 @@
-"""What the method in `daam_core` is made of. A module imports only modules above it, and never `daam_core`.
+"""The machinery behind `daam_core`. A module imports only modules above it, and never `daam_core`.
 
-state        hooks and flags that are set on a model and put back
-libraries    what timm, torchvision and transformers call things
+state        hooks and flags that are set on a model and restored
+libraries    differences between timm, torchvision and transformers
 plan         which attention layers are decomposed, and where their keys lie in the picture
 attention    records the attention of a running model
 shortcuts    computes less, with the same result
-checks       what inputs and runs are held against
-families     one function a model family, and the tables of families
+checks       checks of inputs and runs
+families     one function per model family, and the tables of families
 unknown      models of no known family
 lens         the logit lens
 drawing      maps to pictures

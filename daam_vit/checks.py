@@ -1,4 +1,4 @@
-"""Hold inputs and runs against what the method assumes, and refuse what does not hold in one line.
+"""Check inputs and runs against the assumptions of the method, and refuse those that break one with a one-line error.
 
 Every message begins with the argument, says what is wrong, and names the way out.
 """
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from daam_vit.attention import AttentionCall
 from daam_vit.libraries import Images, UnsupportedModel
 from daam_vit.plan import AttentionLayer, Plan
+
+OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
+"""Way out for a model of no known family."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the run
@@ -99,7 +102,7 @@ def importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features
         )
     weights = weights.detach().to(features)
     if not torch.isfinite(weights).all():
-        raise ValueError("importance: has NaN or infinite values")
+        raise ValueError("importance: has NaN or infinite values; look for a division by zero")
     return weights.expand_as(features) if weights.ndim == 1 else weights
 
 
@@ -232,6 +235,3 @@ def check_patch_order(model: nn.Module, values: Tensor, image: Tensor, grid: tup
             f"model: the tokens of {type(model).__name__} are not {prefix} and then the patches, row by row; "
             f"{OTHER_MODEL}"
         )
-
-
-OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"

@@ -18,6 +18,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _Result = TypeVar("_Result")
 
+_BAND = 32
+"""Rows of a picture that are blended at once."""
+
 
 def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Draw the flow of one image as grey levels.
@@ -68,7 +71,7 @@ def overlay(
         L RGB images of the size of the image.
 
     Raises:
-        ValueError: if `image` or `heat` has the wrong shape or dtype, or there is not one label a frame.
+        ValueError: if `image` or `heat` has the wrong shape or dtype, or there is not one label per frame.
     """
     photo = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
@@ -92,10 +95,6 @@ def overlay(
     return map_in_threads(draw, _resize(heat, photo.shape[:2]), labels or [""] * len(heat))
 
 
-_BAND = 32
-"""Rows of a picture that are blended at once."""
-
-
 def block_labels(blocks: int) -> list[str]:
     """Return the labels "1/12", "2/12", ... for `overlay`; they also keep GIF writers from merging equal frames."""
     return [f"{b}/{blocks}" for b in range(1, blocks + 1)]
@@ -112,7 +111,7 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
         L RGB images, K panels wide.
 
     Raises:
-        ValueError: if the classes have different numbers of frames, or there is not one title a class.
+        ValueError: if the classes have different numbers of frames, or there is not one title per class.
     """
     if not panels or len({len(frames) for frames in panels}) > 1:
         counts = [len(frames) for frames in panels]
@@ -142,7 +141,7 @@ def contact_sheet(
         image: the picture.
         frames: from `overlay` or `side_by_side`; resized by the same factor as the picture.
         caption: a few short lines, written below the picture.
-        columns: frames a row.
+        columns: frames per row.
         side: the longer side of the resized picture in pixels.
 
     Returns:
@@ -167,8 +166,8 @@ def contact_sheet(
 def quantize(frame: Image.Image, pixels: int = 10_000) -> Image.Image:
     """Reduce an image to 256 colours.
 
-    The palette is the median cut of about `pixels` of its pixels, with five bits a channel, after one step of k-means:
-    closer to the image than the median cut of all pixels, in a tenth of the time.
+    The palette is the median cut of about `pixels` of its pixels, with five bits per channel, after one step of
+    k-means: closer to the image than the median cut of all pixels, in a tenth of the time.
     """
     step = max(1, math.isqrt(frame.width * frame.height // pixels))
     coarse = (np.asarray(frame)[::step, ::step] & 0b11111000) + 0b100

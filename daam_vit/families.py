@@ -1,15 +1,16 @@
-"""Where the class token attends to the patches, family by family.
+"""Plan the decomposition of every model family: which layers, and where their keys lie in the picture.
 
 To add a family:
 
 1. Write a function (model, images) -> `Plan` that names the modules of its attention.
-2. Add a row to `FAMILIES`, and the function to `ALL_ROWS` if its score may read the mean patch token.
-3. For a package other than timm, torchvision and transformers, teach `library_of`, `features` and `num_classes` in
+2. Add a row to `FAMILIES`, and the function to `ALL_ROWS` if its score may read the mean patch token. See also
+   `WHOLE_LAST_BLOCK`, `NO_LENS` and `REFUSED`.
+3. For a package other than timm, torchvision and transformers, extend `library_of`, `features` and `num_classes` in
    `libraries.py`.
 4. Add a row to `tests/support_table.py`.
 
-What the attention computes is seen while the model runs, and held against the plan by `checks.py`: one attention a
-layer, the expected number of keys, sum_j S_b[j] == T_b, and a score that reads no other queries.
+What the attention computes is seen while the model runs, and checked against the plan by `checks.py`: one attention
+per layer, the expected number of keys, sum_j S_b[j] == T_b, and a score that reads no other queries.
 """
 
 from __future__ import annotations

@@ -42,21 +42,21 @@ class Flow(Protocol):
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: int | Sequence[int] = 400) -> None:
-    """Write an animated GIF that loops for ever; the file is written atomically.
+    """Write an animated GIF that loops forever; the file is written atomically.
 
     Args:
         frames: RGB images of one size. Pillow merges equal neighbours into one longer frame; labels prevent that.
         path: the file; an older one is replaced.
-        duration: milliseconds a frame, one number for all or one for each (GIF rounds to hundredths of a second).
+        duration: milliseconds per frame, one number for all or one for each (GIF rounds to hundredths of a second).
 
     Raises:
         ValueError: if there are no frames, or a side is longer than 65,535 pixels, the limit of GIF.
     """
     if not frames:
-        raise ValueError("frames: there are none")
+        raise ValueError("frames: there are none; pass at least one")
     w, h = frames[0].size
     if max(w, h) > 65_535:
-        raise ValueError(f"frames: a GIF has 65,535 pixels a side at most, got {w} x {h}; make them smaller")
+        raise ValueError(f"frames: a GIF has 65,535 pixels per side at most, got {w} x {h}; make them smaller")
     palettes = map_in_threads(quantize, frames)
     with atomic_write(path) as part:
         palettes[0].save(
@@ -78,7 +78,7 @@ def save_flow(
 ) -> Path:
     """Write the flow of one image as a folder.
 
-        flow.gif                one frame a block; the last one stays three times as long
+        flow.gif                one frame per block; the last one stays three times as long
         frames/block_01.png ... the same frames, lossless
         sheet.png               the picture and all frames on one page
         maps.npz                `block_maps` and `accumulated` (L, h, w), `output` (num_classes,), all float32
@@ -94,7 +94,7 @@ def save_flow(
         index: which image of the batch.
         caption: a few lines for the sheet.
         manifest: further entries of flow.json, ready for `json.dump`.
-        duration: milliseconds a frame.
+        duration: milliseconds per frame.
         pictures: further pictures for the folder, by file name, or functions that draw them while others are written.
         titles: the names of K classes, written above the panels.
 

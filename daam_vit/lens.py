@@ -43,7 +43,7 @@ def logit_lens(
     is compared with the model's output.
 
     Args:
-        model: as for `attention_flow`, of a known family; it is given back as it was.
+        model: as for `attention_flow`, of a known family; it is restored afterwards.
         images: as for `attention_flow`.
         rows: "class" reads only the class token (and other tokens before the patches); "patches" reads all tokens, for
             models whose head reads the mean of the patches.
@@ -89,8 +89,8 @@ def logit_lens(
     missed = (last - output).abs().max().item()
     if not missed <= tolerance(output.dtype) * output.abs().max().item():
         raise UnsupportedModel(
-            f"model: {name} reads more than the tokens of its last block one by one: the last reading misses its "
-            f"output by {missed:.2g}"
+            f"model: {name} combines tokens after its last block, so the logit lens does not apply: the last reading "
+            f"misses its output by {missed:.2g}"
         )
     check_output(readings.flatten(0, 1))
     return readings

@@ -1,8 +1,7 @@
-"""Know what timm, torchvision and transformers call things: the model in its wrappers, features, scores, classes."""
+"""Read scores, features and class counts from models of timm, torchvision and transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,6 @@ from daam_vit.state import hooks
 
 Images = Tensor | dict[str, Tensor]
 """`(B, C, H, W)`, or the dict of timm's NaFlex collator."""
-
-Forward = Callable[[nn.Module, Images], Tensor]
-"""`scores` or `features`."""
 
 
 class UnsupportedModel(ValueError):

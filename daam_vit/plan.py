@@ -50,7 +50,7 @@ class Plan:
     """The attention layers that are decomposed."""
 
     steps: list[list[AttentionLayer]]
-    """The layers of every step of the flow, usually one a block; the maps of one step are added."""
+    """The layers of every step of the flow, usually one per block; the maps of one step are added."""
     decomposed: str
     """The steps in words, see `AttentionFlow.decomposed`."""
     pool: AttentionLayer | None = None

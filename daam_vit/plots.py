@@ -1,4 +1,4 @@
-"""Draw how a decision forms: one column a block, with its map, what it would say, and what it adds."""
+"""Draw how a decision forms: one column per block, with its map, what it would say, and what it adds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def evolution_picture(
     quantity: str = "probability",
     note: str = "",
 ) -> Image.Image:
-    """Draw how the decision forms, one column a block.
+    """Draw how the decision forms, one column per block.
 
     Every column has the map up to this block; below it what `logit_lens` reads after the block, and how much the block
     adds to the map.
 
     Args:
-        frames: for each of K explained classes its L frames from `overlay`, without labels; drawn small, one row a
-            class.
+        frames: for each of K explained classes its L frames from `overlay`, without labels; drawn small, one row
+            per class.
         curves: name and L values, 0..1, of the K explained classes in the same order, then of other classes to compare
             with.
         shares: for each of K classes what every block adds to the accumulated map, L values, 0..1.
@@ -118,7 +118,7 @@ _font = cache(ImageFont.load_default)
 
 
 class _Layout:
-    """Where everything lies: x from the left, y from above; and what the classes are called and coloured."""
+    """Where everything lies: x from the left, y from the top; and what the classes are called and coloured."""
 
     def __init__(self, frames: Sequence[Sequence[Image.Image]], curves: Sequence[tuple[str, Sequence[float]]]):
         self.several, self.blocks = len(frames), len(frames[0])
@@ -142,7 +142,7 @@ class _Layout:
 
         self.names = [name if len(name) <= 20 else f"{name[:19]}…" for name, _ in curves]
         self.ends = [f"{name}: {_percent(values[-1])}" for name, (_, values) in zip(self.names, curves)]
-        """What is said of the last block."""
+        """Labels at the end of the curves."""
         self.leader = max(range(self.several), key=lambda k: curves[k][1][-1])
         colours = [_CLASS_COLOURS[k % len(_CLASS_COLOURS)] for k in range(self.several)]
         self.colours = colours + [_GREY] * (len(curves) - self.several)
@@ -154,7 +154,7 @@ class _Layout:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The parts of the picture, from the background to the foreground and from above
+# The parts of the picture, from the background to the foreground and from the top
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +244,7 @@ def _percent(share: float) -> str:
 
 
 def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move places until neighbours are a gap apart; their order stays, and while there is room also the bounds."""
+    """Move places until neighbours are a gap apart; keep their order and, if there is room, the bounds."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for i, place in enumerate(order):

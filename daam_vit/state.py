@@ -1,4 +1,4 @@
-"""Set hooks and flags on a model for the length of a `with`, and put everything back, also after an exception."""
+"""Set hooks and flags on a model within a `with` block, and restore them at its end, even after an exception."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hooks(pairs: Sequence[Hook], is_active: Callable[[], bool] | None = None) ->
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, and set every flag back at the end.
+    """Run a model in eval mode, and restore every flag at the end.
 
     Two more flags of timm are switched off: `grad_checkpointing`, whose second forward would not be recorded, and
     `fused_attn` of differential attention, which would be two fused calls instead of one matrix.

@@ -37,7 +37,7 @@ class AnyAttentionRecorder(AttentionRecorder):
         """Whether a convolution after the first attention has as many input channels as the images."""
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """As the base class; note the convolutions, too."""
+        """Call as the base class does, and note the convolutions."""
         output = super().see(func, args, kwargs)
         if func is F.conv2d and output.ndim == 4:
             channels = (args[0] if args else kwargs["input"]).shape[1]
@@ -48,12 +48,12 @@ class AnyAttentionRecorder(AttentionRecorder):
         return output
 
     def unused_softmax(self, size: tuple[int, int]) -> bool:
-        """Whether a softmax of this size did not multiply values: an attention that was not seen."""
+        """Return whether a softmax of this size did not multiply values: an attention that was not seen."""
         return size in self._softmaxes
 
 
 def plan_of_run(model: nn.Module, images: Images, recorder: AttentionRecorder) -> Plan:
-    """Return the plan of a run, and give every recorded call its layer.
+    """Return the plan of a run, and set the layer of every recorded call.
 
     The grid is that of the last convolution before the first attention; one token more must be the class token.
 
@@ -86,7 +86,7 @@ def plan_of_run(model: nn.Module, images: Images, recorder: AttentionRecorder) -
 
 
 def check_unverified(model: nn.Module, image: Images, first: AttentionLayer) -> None:
-    """Hold the order of the patches in the first attention against the picture `(1, C, H, W)`.
+    """Check the order of the patches in the first attention against the picture `(1, C, H, W)`.
 
     Raises:
         UnsupportedModel: if the keys are not the prefix tokens and then the patches, row by row.
@@ -112,7 +112,7 @@ class _FirstValues(AttentionRecorder):
         self.layer = ANYWHERE
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with torch.enable_grad():  # also if the model switches gradients off
+        with torch.enable_grad():  # even if the model switches gradients off
             return super().see(func, args, kwargs)
 
     def attend(self, func: Callable, matrix_of: Callable[..., AttentionMatrix], named: dict[str, Any]) -> Tensor:

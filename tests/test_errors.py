@@ -144,7 +144,7 @@ IMPORTANCES = [
     case("importance: expected .* got list", importance=[1.0] * WIDTH),
     case(r"importance: expected .* got \(2, 23\)", importance=lambda f: f[:, 1:]),
     case("importance: has NaN or infinite values", importance=torch.full((WIDTH,), torch.nan)),
-    case("importance: has NaN or infinite values", importance=lambda f: f / 0),
+    case("importance: has NaN or infinite values; look for a division by zero", importance=lambda f: f / 0),
     case("importance: the model has no classifier", partial(tiny_vit, num_classes=0)),
     case("importance: the model has no classifier", from_transformers("", "ViTModel").make),
 ]

@@ -88,13 +88,13 @@ def test_gif_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_gif_larger_than_the_format(tmp_path):
-    with pytest.raises(ValueError, match="^frames: a GIF has 65,535 pixels a side at most, got 65536 x 1; make them"):
+    with pytest.raises(ValueError, match="^frames: a GIF has 65,535 pixels per side at most, got 65536 x 1; make them"):
         save_gif([Image.new("RGB", (65_536, 1))], tmp_path / "flow.gif")
     assert not list(tmp_path.iterdir())
 
 
 def test_gif_without_frames(tmp_path):
-    with pytest.raises(ValueError, match=r"^frames: there are none"):
+    with pytest.raises(ValueError, match=r"^frames: there are none; pass at least one$"):
         save_gif([], tmp_path / "flow.gif")
     assert not os.listdir(tmp_path)
 

@@ -112,7 +112,7 @@ def test_models_that_are_not_decomposed_are_not_read(row):
 
 def test_a_head_that_also_reads_the_patches(images):
     model = row_of("class token beside the mean of the patches").make()
-    with pytest.raises(UnsupportedModel, match="^model: Dinov2ForImageClassification reads more than the tokens"):
+    with pytest.raises(UnsupportedModel, match="^model: Dinov2ForImageClassification combines tokens"):
         logit_lens(model, images)
     assert logit_lens(model, images, "patches").shape == (2, 3, 5)
 
@@ -151,7 +151,7 @@ class RunsABlockTwice(VisionTransformer):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (ReadsMore, "reads more than the tokens of its last block one by one: .* misses its output by 16$"),
+        (ReadsMore, "combines tokens after its last block, so the logit lens .* misses its output by 16$"),
         (RunsABlockTwice, "does not run every block once"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_model_without_a_head(images):
 
 @pytest.mark.parametrize("accident", [None, "block", "norm"])
 def test_the_model_is_given_back_as_found(accident, model, images):
-    """Hooks, modes of all blocks and gradients stay, also after an exception."""
+    """Hooks, modes of all blocks and gradients stay, even after an exception."""
     model.train()
     model.blocks[1].eval()
     model.set_grad_checkpointing()
@@ -231,7 +231,7 @@ def test_the_first_image_runs_once_more_if_the_output_is_not_known(model, images
     output = attention_flow(model, images).output
     sizes.clear()
     assert torch.equal(logit_lens(model, images, output=output), plain) and sizes == [2]
-    with pytest.raises(UnsupportedModel, match=r"^model: VisionTransformer reads more .* misses its output by 1$"):
+    with pytest.raises(UnsupportedModel, match=r"^model: VisionTransformer combines tokens .* misses its output by 1$"):
         logit_lens(model, images, output=output + torch.tensor([[0.0], [1.0]]))
     with pytest.raises(ValueError, match=r"^output: expected \(2, 5\), got \(2, 4\)$"):
         logit_lens(model, images, output=output[:, 1:])
