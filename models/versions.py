@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-import sys
+from importlib import import_module
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and of these packages, which must be imported already."""
-    return {"python": platform.python_version()} | {name: sys.modules[name].__version__ for name in packages}
+    """Return the versions of Python and of these packages, which are imported unless they are already."""
+    return {"python": platform.python_version()} | {name: import_module(name).__version__ for name in packages}
