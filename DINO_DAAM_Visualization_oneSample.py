@@ -37,7 +37,7 @@ from command_line.options import (
 from command_line.photos import Photo, Photos
 from command_line.results import evolution, file_name, lens_outputs, manifest, save_result, short
 from daam_core import AttentionFlow, attention_flow
-from memorybank import MemoryBank
+from memorybank import EMBEDDED_BANK, MemoryBank
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256
 from models.images import read_image
 
@@ -66,10 +66,10 @@ TARGET = None
 # Folder of the results.
 OUTPUT_DIR = "results"
 
-# Do not edit: the MODEL that is replaced if its weights or bank are not available, its replacement, and their files.
+# Do not edit. If DEFAULT or its bank is not available, FALLBACK and its bank replace it; below are their files.
 DEFAULT, FALLBACK = "vit_small_patch8_224.dino", "vit_small_patch14_selfsupervised"
 PUBLISHED = HERE / "pretrainedmodels" / "dino_deitsmall8_pretrain.pth"
-BANKS, EMBEDDED_BANK = HERE / "memorybank" / "DINO" / "ImageNet2012", HERE / "memorybank" / "embedded"
+BANKS = HERE / "memorybank" / "DINO" / "ImageNet2012"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,7 +119,7 @@ def load_model_and_bank(options: argparse.Namespace) -> tuple[LoadedModel, Memor
         loaded, bank = load_default_pair(options)
     bank.check_model(loaded.name, loaded.num_features, weights_sha256(loaded.model))
     if options.k > len(bank.labels):
-        raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}")
+        raise ValueError(f"k: the bank has {len(bank.labels)} features, got {options.k}; pass a smaller --k")
     return loaded, bank
 
 

@@ -44,7 +44,7 @@ TARGET = None
 # Folder of the results.
 OUTPUT_DIR = "results"
 
-# Do not edit: the MODEL that is replaced if its weights are not available, and its replacement. No other model is.
+# Do not edit. If the weights of DEFAULT are not available, FALLBACK replaces it; no other model is replaced.
 DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 
 
@@ -96,7 +96,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
 
 
 def choose_classes(scores: Tensor, targets: list[int] | int) -> Tensor:
-    """Return the classes to explain, `(B,)` or `(B, K)`: given ones, or the N with the largest `(B, num_classes)`."""
+    """Return the classes to explain, `(B,)` or `(B, K)`: named ones, or the N with the largest `(B, num_classes)`."""
     if isinstance(targets, int):
         return scores.topk(targets).indices.squeeze(1)
     return torch.tensor(targets).expand(len(scores), -1).squeeze(1)

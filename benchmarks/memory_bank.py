@@ -1,4 +1,4 @@
-"""Measure how fast a memory bank is built and queried, beside the least that this could take, within one run.
+"""Measure how fast a memory bank is built and queried, compared with a lower bound, within one run.
 
     python benchmarks/memory_bank.py build --train FOLDER      images/s, beside a loader and forward without a bank
     python benchmarks/memory_bank.py query                     a bank of the size of ImageNet, beside one read of it
@@ -51,7 +51,7 @@ class Pictures(Dataset):
 
 @torch.inference_mode()
 def bare(loaded: LoadedModel, files: list[Path], batch_size: int, workers: int) -> None:
-    """Read every picture, run the model on it, and throw the features away: the least that a bank takes."""
+    """Read every picture, run the model on it, and discard the features: a lower bound for a build."""
     device = next(loaded.model.parameters()).device
     pictures = Pictures(files, loaded.transform)
     for images in DataLoader(pictures, batch_size, num_workers=workers, pin_memory=device.type == "cuda"):
@@ -67,7 +67,7 @@ def seconds(function: Callable, *arguments: Any) -> float:
 
 
 def summary(times: list[float]) -> str:
-    """Return median, least and most in words."""
+    """Return median, minimum and maximum in words."""
     return f"median {statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
 
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("build", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    make.add_argument("--train", type=Path, required=True, help="folder of images, one sub-folder a class")
+    make.add_argument("--train", type=Path, required=True, help="folder of images, one sub-folder per class")
     make.add_argument("--model", default="vit_small_patch14_selfsupervised")
     make.add_argument("--images", type=int, default=256, help="number of images")
     make.add_argument("--batch-size", type=int, default=64)

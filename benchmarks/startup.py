@@ -62,7 +62,7 @@ def parts(arguments: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the rounds and print median, least and most of every part."""
+    """Run the rounds and print median, minimum and maximum of every part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_small_patch14_caltech101")
     parser.add_argument("--rounds", type=int, default=5)

@@ -6,23 +6,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from command_line.results import short
 from daam_vit.drawing import truncate
 from memorybank import MemoryBank, Vote
 from models.images import read_image, resize_longest_side
 
 
 class NeighbourSearch:
-    """Search of a bank for the features of a batch: who votes, which classes are explained, what is important to them.
+    """Search a bank for the neighbours of a batch: their votes, the classes to explain, and the importance for each.
 
-    search = NeighbourSearch(bank, targets)
-    flow = attention_flow(model, images, importance=search.importance)
-    search.classes, search.vote  # found on the way: the bank is read once
+        search = NeighbourSearch(bank, targets)
+        flow = attention_flow(model, images, importance=search.importance)
+        search.classes, search.vote
+
+    The flow asks for the importance, and the search finds classes and votes on the way, so the bank is read once.
     """
 
     vote: Vote
     """Vote of the k nearest neighbours on the class."""
     searched: Vote
-    """Vote of the neighbours among which the classes to explain were found: the same, or more for classes by name."""
+    """Vote of all neighbours that were searched; more than `vote` if classes were named."""
     classes: Tensor
     """`(B, K)` int64: the classes to explain. If fewer than K classes have votes, the first one fills the row."""
 
@@ -47,7 +50,7 @@ class NeighbourSearch:
 
     @property
     def by_name(self) -> bool:
-        """Whether classes were named, as opposed to those with the most votes."""
+        """Return whether classes were named, as opposed to those with the most votes."""
         return not isinstance(self.targets, int)
 
     def importance(self, features: Tensor) -> Tensor:
@@ -119,13 +122,9 @@ def draw_neighbours(
         page.paste(_tile(neighbour, side, small), (x, y))
         colour = "limegreen" if neighbour["index"] in explained else "silver"
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
-        draw.text((x, y + side + 3), truncate(_label(neighbour), small, side - 40), "black", small)
+        draw.text((x, y + side + 3), truncate(short(neighbour["name"]), small, side - 40), "black", small)
         draw.text((x + side, y + side + 3), f"{neighbour['similarity']:.2f}", "black", small, anchor="ra")
     return page
-
-
-def _label(neighbour: dict) -> str:
-    return neighbour["name"].split(", ")[0]
 
 
 def _tile(neighbour: dict, side: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
@@ -134,6 +133,6 @@ def _tile(neighbour: dict, side: int, font: ImageFont.FreeTypeFont | ImageFont.I
         picture = resize_longest_side(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
         tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     except ValueError:  # the file is unknown, or no longer there
-        text = truncate(_label(neighbour), font, side - 12)
+        text = truncate(short(neighbour["name"]), font, side - 12)
         ImageDraw.Draw(tile).text((side / 2, side / 2), text, "black", font, anchor="mm")
     return tile

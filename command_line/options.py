@@ -159,7 +159,7 @@ def find_device(name: str) -> torch.device:
         probe.item()  # the device "meta" has no values
         return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from None
+        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}; pass another one") from None
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:

@@ -123,7 +123,7 @@ class Photos:
             if not out_of_memory or self._device is None:
                 raise
             photos = f"{self._batch_size} photos at once need" if self._batch_size > 1 else "one photo needs"
-            advice = "try a smaller --batch, --memory low or --size 1024"
+            advice = "try a smaller --batch, --memory low or --dtype bfloat16"
             self.report(ValueError(f"batch: {photos} more memory than {self._device} has; {advice}"))
         finally:
             self._bar.close()

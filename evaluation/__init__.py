@@ -9,7 +9,7 @@
     metrics.py       how good a map is: removed patches, known regions
     sanity.py        what a map depends on: weights, class, orientation
     annotations.py   regions of the objects, from boxes and masks
-    records.py       one line a photo, written at once
+    records.py       one line per photo, written at once
     comparison.py    means, intervals and paired tests
     tables.py, figures.py, sheet.py, report.py    what a reader sees
 

@@ -1,4 +1,4 @@
-"""Read where the object is: boxes of VOC and ImageNet (XML) or masks (PNG) become a region, one boolean a pixel."""
+"""Read where the object is: boxes of VOC and ImageNet (XML) or masks (PNG) become a region, one boolean per pixel."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from evaluation.metrics import BASELINES, area, localisation, masked_photo, remo
 from evaluation.records import append_record, begin_run, repair_records
 from evaluation.report import write_report
 from evaluation.sanity import check, stages
-from memorybank import MemoryBank
+from memorybank import EMBEDDED_BANK, MemoryBank
 from models import architecture_of, load, weights_sha256
 from models.images import looks_like_image, read_image
 from models.versions import versions
@@ -31,11 +31,11 @@ from models.weights import first_line
 
 PACKAGES = ("torch", "timm", "numpy", "scipy", "captum")
 """Packages whose versions are recorded."""
-EMBEDDED, EMBEDDED_BANK = "vit_small_patch14_caltech101", Path(__file__).parents[1] / "memorybank" / "embedded"
+EMBEDDED = "vit_small_patch14_caltech101"
 HELP = """the photos of docs/evaluation.md:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
       --steps 5 --blocks 60 --dtype bfloat16 --out evaluated_caltech101
-To continue a run that was killed, give the same command again. Photos come in a random order that depends on the seed,
+To continue a run that was killed, repeat the same command. Photos come in a random order that depends on the seed,
 so an unfinished run describes a random sample."""
 
 
@@ -49,19 +49,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add, shown, count = parser.add_argument, "(default: %(default)s)", number(int, 0, 10**9)
-    add("--model", metavar="NAME", default="embedded", help=f"timm name, hf:NAME, or embedded {shown}")
+    add(
+        "--model", metavar="NAME", default="embedded", help=f"timm name, hf:NAME, torchvision:NAME, or embedded {shown}"
+    )
     add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
     add(
         "--bank",
         metavar="DIR",
         help="memory bank, for a model without a classifier (default: that of the embedded model)",
     )
-    add("--images", type=Path, required=True, metavar="FOLDER", help="photos, also in sub-folders")
+    add("--images", type=Path, required=True, metavar="FOLDER", help="photos, including those in sub-folders")
     add(
         "--list",
         type=Path,
         metavar="FILE",
-        help="use only the photos that this file names, one path in the folder a line",
+        help="use only the photos that this file names, one path in the folder per line",
     )
     add("--annotations", type=Path, metavar="FOLDER",
         help="boxes (XML of VOC or ImageNet) or masks (PNG), named like the photos")  # fmt: skip
@@ -111,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     """Score every photo, check some of them, and write the report; continue what an earlier run recorded."""
     if options.annotations is not None and not options.annotations.is_dir():
-        raise ValueError(f"annotations: there is no folder {options.annotations}")
+        raise ValueError(f"annotations: there is no folder {options.annotations}; check the path")
     photos = find_photos(options.images, options.list, without=[options.out, options.annotations])
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
@@ -198,7 +200,7 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     by_block = explained.flow.accumulated[0].cpu() if options.blocks is None or i < options.blocks else maps[:0]
     every = torch.cat([maps, by_block])
     if not torch.isfinite(every).all():
-        raise ValueError(f"methods: a map of {name} is not finite")
+        raise ValueError(f"methods: a map of {name} is not finite; leave the method out with --methods")
     region = None
     if options.annotations is not None:
         region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
@@ -241,7 +243,7 @@ def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -
 
     Args:
         folder: folder of the photos.
-        listed: file with one path in the folder a line; None: all images.
+        listed: file with one path in the folder per line; None: all images.
         without: folders to skip, of results and annotations. If one is the folder of the photos itself, a PNG with the
             name of another image is a mask.
 
@@ -252,9 +254,9 @@ def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -
         ValueError: if there are none, or a photo of the list is missing.
     """
     if not folder.is_dir():
-        raise ValueError(f"images: there is no folder {folder}")
+        raise ValueError(f"images: there is no folder {folder}; check the path")
     if listed is not None and not listed.is_file():
-        raise ValueError(f"list: there is no file {listed}")
+        raise ValueError(f"list: there is no file {listed}; check the path")
     if listed is None:
         others = {path.resolve() for path in without if path is not None}
         others = {path for path in others if folder.resolve() in path.parents}

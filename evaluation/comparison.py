@@ -25,7 +25,7 @@ class Row:
     method: str
     metric: str
     direction: str
-    """Which values are good: "lower" or "higher"."""
+    """Which values are better: "lower" or "higher"."""
     n: int
     """Number of photos."""
     mean: float

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from command_line.results import short
 from daam_core import features
+from daam_vit.libraries import scores
 from memorybank import MemoryBank, Vote
 from models import LoadedModel
 
@@ -34,8 +36,7 @@ class Decision:
         """Return the scores `(B, num_classes)`, or with a bank the features `(B, D)`; differentiable."""
         if self.bank is not None:
             return features(self.loaded.model, images)
-        output = self.loaded.model(images)
-        return getattr(output, "logits", output)  # transformers
+        return scores(self.loaded.model, images)
 
     def shares(self, images: Tensor) -> Tensor:
         """Return probabilities, or with a bank shares of the votes, `(B, num_classes)` in 0..1; without graph."""
@@ -84,7 +85,7 @@ class Decision:
     def class_name(self, index: int) -> str:
         """Return the name of a class, without its synonyms."""
         names = self.loaded.class_names if self.bank is None else self.bank.class_names
-        return names[index].split(", ")[0] if names else f"class {index}"
+        return short(names[index]) if names else f"class {index}"
 
     def _vote(self, outputs: Tensor, k: int) -> Vote:
         return self.bank.classify(outputs, min(k, len(self.bank.labels)), self.temperature)

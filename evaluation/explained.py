@@ -80,7 +80,7 @@ class Explained:
     seed: int = 0
     """Seed of the random maps."""
     grad_outputs: Tensor | None = None
-    """`Decision.grad_outputs`, computed if not given: the score of every image is `(outputs * grad_outputs).sum(1)`."""
+    """`Decision.grad_outputs`, computed by default: the score of every image is `(outputs * grad_outputs).sum(1)`."""
 
     def __post_init__(self):
         if self.grad_outputs is None:
@@ -119,7 +119,7 @@ class Explained:
             score = (recorder.run(self.decision.outputs, self.images) * self.grad_outputs).sum()
             if [call.shape[1:] for call in recorder.calls] != [(tokens, tokens)] * blocks:
                 raise UnsupportedModel(
-                    f"methods: the attention of {name} is not between all {tokens} tokens, once a block; {WAY_OUT}"
+                    f"methods: the attention of {name} is not between all {tokens} tokens, once per block; {WAY_OUT}"
                 )
             torch.autograd.grad(score, recorder.leaves)
         attention = [recorder.block(b) for b in range(blocks)]

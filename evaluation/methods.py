@@ -1,11 +1,11 @@
-"""Explanation methods side by side: each turns a batch of photos into maps `(B, h, w)`, one value a patch.
+"""Explanation methods side by side: each turns a batch of photos into maps `(B, h, w)`, one value per patch.
 
     explained = Explained(decision, images, classes, names)
     maps = METHODS["rollout"](explained)  # (B, h, w), the larger, the more a patch supports the class
 
 Ours comes from daam_core, Grad-CAM from pytorch-grad-cam and integrated gradients from captum. Methods that no library
 offers for every ViT are written here in a few lines each, with their source. They need models whose attention is
-between all tokens, once a block. Libraries of the extra `evaluation` are slow to import, so each is imported by the
+between all tokens, once per block. Libraries of the extra `evaluation` are slow to import, so each is imported by the
 function that needs it.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from daam_core import UnsupportedModel
+from daam_core import UnsupportedModel, accumulate
 from daam_vit.state import hooks
 from evaluation.decision import BATCH
 from evaluation.explained import WAY_OUT, BlockRecorder, Explained
@@ -39,9 +39,7 @@ def daam(explained: Explained) -> Tensor:
 
 def daam_norm(explained: Explained) -> Tensor:
     """Min-max normalise every L_b before it is added."""
-    maps = explained.flow.block_maps
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    return ((maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)).sum(1)
+    return accumulate(explained.flow.block_maps, norm=True)[:, -1]
 
 
 def daam_last(explained: Explained) -> Tensor:

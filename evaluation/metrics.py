@@ -1,4 +1,4 @@
-"""Measure a map `(h, w)`, one value a patch: by removing patches, and by known regions of the object.
+"""Measure a map `(h, w)`, one value per patch: by removing patches, and by known regions of the object.
 
 Patches of equal value are ranked at random, with a seed that depends on the photo, so that a flat map is no better than
 chance. Ranking keeps negative values; all other metrics set them to zero.
@@ -25,7 +25,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "iou": ("IoU", "higher"),
     "sparsity": ("sparsity", "higher"),
 }
-"""Heading, and which values are good, of every metric of a map."""
+"""Heading of every metric, and whether lower or higher values are better."""
 
 SANITY: dict[str, tuple[str, str]] = {
     "randomised": ("randomised model", "lower"),

@@ -1,8 +1,8 @@
 """Write and read the records of an evaluation: a run can be killed at any time and continued later.
 
     run.json        what was asked: model, photos, methods, seed, ...
-    photos.jsonl    one line a photo: scores and curves of every method
-    sanity.jsonl    one line a photo: rank correlations of every method
+    photos.jsonl    one line per photo: scores and curves of every method
+    sanity.jsonl    one line per photo: rank correlations of every method
 
 A line is on the disk before the next photo begins.
 """
@@ -71,7 +71,7 @@ def repair_records(file: Path) -> list[dict]:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """Return the records of a file, one JSON object with a "photo" a line; skip an unfinished last line.
+    """Return the records of a file, one JSON object with a "photo" per line; skip an unfinished last line.
 
     Raises:
         ValueError: if any other line is not a record.

@@ -24,7 +24,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     """Write all files of the report, each atomically.
 
     Always `table.md` and `table.csv`; `curves.png`, `blocks.md`, `blocks.png` and `sanity.png` if they were measured;
-    `sheet.png` if `picture` is given.
+    `sheet.png` if `picture` is passed.
 
     Args:
         directory: folder with `run.json`, `photos.jsonl` and, if they were checked, `sanity.jsonl`. The run may be

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.methods import METHODS, Explained
+from evaluation.explained import Explained
+from evaluation.methods import METHODS
 
 
 def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:

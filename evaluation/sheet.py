@@ -22,7 +22,7 @@ def write_sheet(
     count: int = 3,
     side: int = 150,
 ) -> None:
-    """Write a picture with one row a method: the photos where it does best, and those where it does worst.
+    """Write a picture with one row per method: the photos where it does best, and those where it does worst.
 
     Args:
         photos: records of `photos.jsonl`; those without scores of a method are skipped.

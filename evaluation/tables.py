@@ -43,7 +43,7 @@ MEANINGS = {
 
 
 def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """Return a table with one row a method, in the order of `rows`, and one column for each metric that was measured.
+    """Return a table with one row per method, in the order of `rows`, and one column for each metric that was measured.
 
     The best mean of a column is bold; the last row counts the photos. Empty if nothing was measured.
     """

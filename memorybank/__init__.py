@@ -29,9 +29,12 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from daam_core import dimension_importance, neighbour_votes
+from models.weights import first_line
 
 __all__ = ["MemoryBank", "Vote", "read_pair"]
 
+EMBEDDED_BANK = Path(__file__).parent / "embedded"
+"""Folder of the bank that is stored in the repository."""
 TILE, SLAB = 4096, 64
 """Rows that become float32 at once (6 MB at D = 384), and rows of each matrix product in a batched product.
 
@@ -242,7 +245,7 @@ class MemoryBank:
 
     @torch.inference_mode()
     def importance_of(self, features: Tensor, vote: Vote, classes: int | Tensor) -> Tensor:
-        """Compute `importance` from the neighbours of a `Vote`, for the given class or classes `(B,)`."""
+        """Compute `importance` from the neighbours of a `Vote`, for one class or classes `(B,)`."""
         chosen = self._classes(classes, len(vote.labels)).to(vote.labels.device)
         mine = vote.labels == chosen.unsqueeze(1)  # (B, k)
         if not mine.any(1).all():
@@ -312,8 +315,7 @@ def _read_tensor(path: Path) -> Tensor:
     except pickle.UnpicklingError as error:
         raise ValueError(f"bank: {path} is damaged, or holds more than tensors and is not loaded") from error
     except Exception as error:  # torch and zipfile raise many kinds of errors for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"bank: {path} cannot be read: {reason}") from error
+        raise ValueError(f"bank: {path} cannot be read: {first_line(error)}") from error
     if not isinstance(tensor, Tensor):
         raise ValueError(f"bank: {path} should hold a tensor, but has a {type(tensor).__name__}")
     return tensor

@@ -80,7 +80,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def run_build(options: argparse.Namespace) -> None:
     """Build a bank, and print what it holds and which images were left out."""
     if options.model is None and (options.checkpoint is None or architecture_of(options.checkpoint) is None):
-        raise ValueError("model: name one with --model, or give a --checkpoint that names its architecture")
+        raise ValueError("model: name one with --model, or pass a --checkpoint that names its architecture")
     loaded = load(options.model, options.checkpoint, find_device(options.device))
     bank = build(
         loaded,

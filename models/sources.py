@@ -127,7 +127,7 @@ def _timm_config(name: str) -> PretrainedCfg | None:
 
     Raises:
         ValueError: if the name is unknown or deprecated, or the architecture has no such tag. The error suggests
-            similar names, also embedded ones and those that only lack the prefix `hf:` or `torchvision:`.
+            similar names, including embedded ones and those that only lack the prefix `hf:` or `torchvision:`.
     """
     if not timm.is_model(name):
         known = [*timm.list_models(), *embedded_names()]

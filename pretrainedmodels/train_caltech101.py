@@ -197,7 +197,7 @@ def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentPa
         default=Path(f"train_{out.rsplit('_')[-1]}"),
         help=f"folder for the tokens ({gigabytes} GB per view) and the training state",
     )
-    parser.add_argument("--frozen", type=int, default=8, help="first blocks, which are not trained")
+    parser.add_argument("--frozen", type=int, default=8, help="number of first blocks that are frozen")
     parser.add_argument("--seed", type=int, default=0, help="for weights, views and order; the split always uses 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=2, help="views per training photo; the first is not augmented")
     parser.add_argument("--epochs", type=int, default=8, help="epochs that see some of the patches")
     parser.add_argument("--keep", type=float, default=0.25, help="fraction of the patches, drawn anew for every batch")
-    parser.add_argument("--finish", type=int, default=1, help="last epochs, which see all patches")
+    parser.add_argument("--finish", type=int, default=1, help="number of last epochs that see all patches")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
         "--lr", type=float, default=3e-4, help="learning rate of the head; 0.75 x less for every block below"

@@ -153,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=int, default=64, help="patches that the student sees; the teacher sees all")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--alone", type=int, default=2, help="first epochs, which use no neighbours")
+    parser.add_argument("--alone", type=int, default=2, help="number of first epochs without neighbours")
     parser.add_argument("--neighbours", type=float, default=0.5, help="weight of the neighbours in the loss after that")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--queue", type=int, default=4096, help="number of earlier teacher embeddings")

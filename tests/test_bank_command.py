@@ -32,7 +32,7 @@ def test_bad_command_lines(capsys, options):
 
 def test_build_without_a_model(capsys):
     assert main(["build", "--train", "t", "--out", "o"]) == 2
-    assert capsys.readouterr().err.startswith("error: model: name one with --model, or give a --checkpoint that names")
+    assert capsys.readouterr().err.startswith("error: model: name one with --model, or pass a --checkpoint that names")
 
 
 def test_eval(tmp_path, capsys):

@@ -209,7 +209,7 @@ def test_evaluation(outcomes, place):
 def test_evaluation_of_the_held_out_photos(line, outcomes):
     """Without them it gets as far as their folder."""
     done = outcomes[line]
-    assert (done.code, done.stderr) == (2, "error: images: there is no folder 101_ObjectCategories\n")
+    assert (done.code, done.stderr) == (2, "error: images: there is no folder 101_ObjectCategories; check the path\n")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

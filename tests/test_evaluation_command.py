@@ -206,7 +206,7 @@ def test_photos_of_a_folder(tmp_path):
 
 
 def test_a_model_that_a_method_cannot_follow(some, evaluate, tmp_path):
-    """One line, not one a photo."""
+    """One line, not one per photo."""
     arguments = {"img_size": 64, "depth": 2, "num_classes": 5}
     weights = tiny_timm("cait_xxs24_224", **arguments).state_dict()
     metadata = {"architecture": "cait_xxs24_224", "model_args": json.dumps(arguments)}
@@ -265,7 +265,7 @@ def test_embedded_self_supervised_model(some, evaluate, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--images", "nowhere"], "images: there is no folder nowhere"),
+        (["--images", "nowhere"], "images: there is no folder nowhere; check the path"),
         (["--images", "tests"], "images: the folder tests has no images"),
         (
             ["--methods", "saliency"],
@@ -274,8 +274,8 @@ def test_embedded_self_supervised_model(some, evaluate, tmp_path):
         (["--model", "no_such_model"], "model: "),
         (["--bank", "memorybank/embedded"], "bank: vit_small_patch14_caltech101 has a classifier, whose scores are "),
         (["--list", "README.md"], "of its photos are not in"),
-        (["--list", "no.txt"], "list: there is no file no.txt"),
-        (["--annotations", "no"], "annotations: there is no folder no"),
+        (["--list", "no.txt"], "list: there is no file no.txt; check the path"),
+        (["--annotations", "no"], "annotations: there is no folder no; check the path"),
         (["--limit", "0"], "argument --limit: expected 1 to "),
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
     ],
@@ -288,7 +288,7 @@ def test_refusals(options, message, evaluate, tmp_path):
 
 def test_help(evaluate):
     result = evaluate("--help")
-    assert result.returncode == 0 and "--methods" in result.stdout and "give the same command again" in result.stdout
+    assert result.returncode == 0 and "--methods" in result.stdout and "repeat the same command" in result.stdout
 
 
 def test_without_the_extra(offline, tmp_path):

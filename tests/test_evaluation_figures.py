@@ -100,7 +100,7 @@ def test_the_texts_of_a_sheet_stay_beside_its_pictures(tmp_path):
     assert ink[:, -8:].sum() == 0 and ink[-2:].sum() == 0  # nor beyond the edge
     lines = np.diff(np.r_[0, ink[:, 316:].any(1), 0])
     starts, ends = np.flatnonzero(lines == 1), np.flatnonzero(lines == -1)
-    assert len(starts) == 5 and (ends - starts).max() < 17  # the heading and two lines a row, none over another
+    assert len(starts) == 5 and (ends - starts).max() < 17  # the heading and two lines per row, none over another
 
 
 def test_a_sheet_of_nothing(tmp_path):

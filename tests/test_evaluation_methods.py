@@ -276,7 +276,7 @@ def tiny_parallel():
     return tiny_vit(block_fn=ParallelScalingBlock)
 
 
-NOT_ALL_TOKENS = "the attention of {} is not between all 17 tokens, once a block; choose methods for any model"
+NOT_ALL_TOKENS = "the attention of {} is not between all 17 tokens, once per block; choose methods for any model"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_gif_shows_the_frames_in_order(tmp_path, duration, expected):
     shown, durations = read_gif(tmp_path / "flow.gif")
     assert durations == expected
     distance = np.array([[np.abs(a - np.asarray(b, np.float32)).mean() for b in frames] for a in shown])
-    assert (distance.argmin(1) == range(4)).all() and distance.diagonal().max() < 8  # 256 colours a frame
+    assert (distance.argmin(1) == range(4)).all() and distance.diagonal().max() < 8  # 256 colours per frame
 
 
 @pytest.mark.parametrize("where", ["quantize", "save", "replace"])

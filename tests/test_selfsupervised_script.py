@@ -300,7 +300,7 @@ def test_the_bank_names_the_architecture_of_a_checkpoint(explain, own_bank, weig
         (["--bank", "gone"], ["bank: there is no folder gone; build one: python -m memorybank build"]),
         (["--bank", "other"], ["features of width 5, those of tiny have 48; build one with it"]),
         (["--bank", "wrong"], ["was built with the model somebody's, not with tiny"]),
-        (["--k", "25"], ["k: the bank has 24 features, got 25"]),
+        (["--k", "25"], ["k: the bank has 24 features, got 25; pass a smaller --k"]),
         (["--k", "0"], ["--k: expected 1 to"]),
         (["--temperature", "0"], ["--temperature: expected 0.02 to 100, got 0"]),
         (["--target", "nois"], ["target: no class is called 'nois'; near names: noise"]),
