@@ -90,24 +90,20 @@ def build(
         "batch_size": batch_size,
     } | {split: _digest(folders[split], files) for split, files in items.items()}
     parts = out / ".building"
-    with _process_group() as (rank, ranks), ExitStack() as stack:
+    with _process_group() as rank, ExitStack() as stack:
         if rank == 0:
             _begin(parts, plan, stack)
         _barrier()
         _check_plan(parts, plan)
-        unreadable = {}
+        unreadable, bank = {}, {}
         for split, files in items.items():
+            images = [file for file, _ in files]
             batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
-            missing = _broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
-            if rank == 0 and 0 < len(missing) < len(batches):
-                done = len(files) - sum(len(batches[n]) for n in missing)
-                tqdm.write(f"{split}: resuming after {done} of {len(files)} images", file=sys.stderr)
-            work = {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
-            _extract(loaded, [file for file, _ in files], work, split, dtype, workers, strict)
+            work = _share_missing(parts, split, batches)
+            _extract(loaded, images, work, split, dtype, workers, strict)
             _barrier()
             if rank == 0:
                 unreadable[split] = _join(parts, split, files, len(batches), strict)
-        bank = {}
         if rank == 0:
             bank = _finish(out, parts, plan, loaded, folders, items, unreadable, list(classes))
         _barrier()
@@ -236,6 +232,17 @@ def _part(parts: Path, split: str, batch: int) -> Path:
     return parts / f"{split}-{batch:06d}.pt"
 
 
+def _share_missing(parts: Path, split: str, batches: list[range]) -> dict[Path, range]:
+    """Return the missing parts of a split that this rank has to write, and the images of each."""
+    missing = _broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
+    rank, ranks = _rank()
+    if rank == 0 and 0 < len(missing) < len(batches):
+        total = sum(map(len, batches))
+        done = total - sum(len(batches[n]) for n in missing)
+        tqdm.write(f"{split}: resuming after {done} of {total} images", file=sys.stderr)
+    return {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
+
+
 def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, strict: bool) -> dict[int, str]:
     """Join the parts of a split to two files in the same folder; return the images that cannot be read."""
     unreadable: dict[int, str] = {}
@@ -333,19 +340,20 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 @contextmanager
-def _process_group() -> Iterator[tuple[int, int]]:
-    """Yield rank and number of ranks, within the process group that `torchrun` describes in the environment."""
+def _process_group() -> Iterator[int]:
+    """Yield the rank, within the process group that `torchrun` describes in the environment."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # only lists are sent; a rank may wait for hours
     try:
-        yield _rank()
+        yield _rank()[0]
     finally:
         if several:
             dist.destroy_process_group()
 
 
 def _rank() -> tuple[int, int]:
+    """Return the rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -204,8 +204,23 @@ def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentPa
     return parser
 
 
-def main() -> None:
-    """Train and evaluate the classifier."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, peak: list[float], step: int, warmup: int, steps: int) -> None:
+    """Set the learning rates of a step: a linear warm-up to `peak`, then a cosine down to 0."""
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+    for group, lr in zip(optimizer.param_groups, peak):
+        group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
+
+
+def store(model: nn.Module, file: Path, arguments: dict, **metadata: str) -> None:
+    """Store the weights in half precision, with the metadata from which `models.load` builds the model."""
+    weights = {name: t.half().cpu().contiguous() for name, t in model.state_dict().items()}
+    metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps(arguments)} | metadata
+    with atomic_write(file) as part:
+        safetensors.torch.save_file(weights, part, metadata)
+
+
+def parse_options() -> argparse.Namespace:
+    """Return the options of this script."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_caltech101", 1.5)
     parser.add_argument("--views", type=int, default=2, help="views per training photo; the first is not augmented")
     parser.add_argument("--epochs", type=int, default=8, help="epochs that see some of the patches")
@@ -218,27 +233,24 @@ def main() -> None:
     parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the file --out on the held-out photos")
     parser.add_argument("--check", action="store_true", help="only compare timm's backbone with onnxruntime")
-    args = parser.parse_args()
-    if args.check:
-        return check(
-            args.onnx, [HERE.parent / ".img" / name for name in ("chelsea.png", "coffee.png", "astronaut.png")]
-        )
+    return parser.parse_args()
 
-    classes, train, held_out = split(args.data)
-    run = (args.device, args.workers)
-    if args.evaluate:
-        return evaluate(args.out, held_out, *run)
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    args.work.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.out.with_name("caltech101_held_out.txt")) as part:
-        part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))
 
-    model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=len(classes))
+def load_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """Return the model with the backbone of the ONNX file and a random head; the first blocks are frozen."""
+    model = timm.create_model(ARCHITECTURE, img_size=SIZE, num_classes=num_classes)
     head = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
     backbone = checkpoint_filter_fn(backbone_from_onnx(args.onnx), model, antialias=False)  # as the exported model does
     model.load_state_dict(backbone | head, strict=True)
     model.requires_grad_(False).to(args.device)
+    for module in (*model.blocks[args.frozen :], model.norm, model.head):
+        module.requires_grad_(True)
+    return model
+
+
+def encode_photos(model: nn.Module, args: argparse.Namespace, train: list, held_out: list) -> tuple[list, np.ndarray]:
+    """Return the tokens of every view of the training photos, and those of the held-out photos."""
+    run = (args.device, args.workers)
     config = {"interpolation": "bicubic", "mean": model.pretrained_cfg["mean"], "std": model.pretrained_cfg["std"]}
     plain = create_transform(SIZE, crop_pct=1.0, crop_mode="squash", **config)
     augment = create_transform(SIZE, is_training=True, scale=(0.35, 1.0), auto_augment="rand-m5-mstd0.5-inc1", **config)
@@ -247,67 +259,103 @@ def main() -> None:
         encode(model, args.frozen, Photos(train, augment if v else plain), args.work / f"view_{v}.npy", *run)
         for v in range(args.views)
     ]
+    return views, test_tokens
+
+
+class Training:
+    """Training of the last blocks, the norm and the head, epoch by epoch."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace, views: list[np.ndarray], labels: Tensor):
+        self.model, self.args, self.views, self.labels = model, args, views, labels
+        self.optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05, layer_decay=0.75)
+        self.peak = [group["lr"] * group["lr_scale"] for group in self.optimizer.param_groups]
+        self.ema = ModelEmaV3(model, decay=0.995, use_warmup=True)
+        self.weight = torch.bincount(labels).float()[labels] ** -args.balance
+        self.per_epoch, self.epochs = len(labels) // args.batch, args.epochs + args.finish
+        self.file = args.work / "resume.pth"
+
+    def resume(self) -> int:
+        """Load the state of an earlier run if there is one; return the number of its epochs."""
+        if not self.file.exists():
+            return 0
+        state = torch.load(self.file, weights_only=True, map_location=self.args.device)
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        print(f"resuming after epoch {state['epoch']} of {self.file}", flush=True)
+        return state["epoch"]
+
+    def save(self, epochs: int) -> None:
+        """Save the state after this number of epochs."""
+        modules = {"model": self.model, "ema": self.ema.module, "optimizer": self.optimizer}
+        state = {name: module.state_dict() for name, module in modules.items()}
+        with atomic_write(self.file) as part:
+            torch.save(state | {"epoch": epochs}, part)
+
+    def kept_patches(self, epoch: int) -> int:
+        """Return the number of patches that the model sees in an epoch."""
+        return int(self.model.patch_embed.num_patches * (self.args.keep if epoch < self.args.epochs else 1))
+
+    def run_epoch(self, epoch: int) -> float:
+        """Train for one epoch, counted from 0; return the mean loss."""
+        torch.manual_seed(self.args.seed + 1 + epoch)
+        self.model.train()
+        shape = self.per_epoch, self.args.batch
+        order = torch.multinomial(self.weight, math.prod(shape), replacement=True).view(shape)
+        losses = [self.run_step(epoch * self.per_epoch + i, index, epoch) for i, index in enumerate(order)]
+        return sum(losses) / self.per_epoch
+
+    def run_step(self, step: int, index: Tensor, epoch: int) -> float:
+        """Train on the photos `index`, `(B,)`, each in a random view with random patches; return the loss."""
+        set_learning_rates(self.optimizer, self.peak, step, self.per_epoch, self.epochs * self.per_epoch)
+        patches = 1 + torch.randperm(self.model.patch_embed.num_patches)[: self.kept_patches(epoch)]
+        rows = torch.cat([torch.zeros(1, dtype=torch.long), patches.sort().values])
+        drawn = zip(torch.randint(len(self.views), index.shape), index)
+        tokens = torch.from_numpy(np.stack([self.views[v][n][rows] for v, n in drawn]))
+        logits = scores(self.model, self.args.frozen, tokens.to(self.args.device).float())
+        loss = F.cross_entropy(logits, self.labels[index].to(self.args.device), label_smoothing=0.1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.ema.update(self.model, step)
+        return loss.item()
+
+
+def main() -> None:
+    """Train and evaluate the classifier."""
+    args = parse_options()
+    if args.check:
+        return check(
+            args.onnx, [HERE.parent / ".img" / name for name in ("chelsea.png", "coffee.png", "astronaut.png")]
+        )
+    classes, train, held_out = split(args.data)
+    if args.evaluate:
+        return evaluate(args.out, held_out, args.device, args.workers)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out.with_name("caltech101_held_out.txt")) as part:
+        part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))
+
+    model = load_backbone(args, len(classes))
+    views, test_tokens = encode_photos(model, args, train, held_out)
     labels, test_labels = (torch.tensor([label for _, label in items]) for items in (train, held_out))
-
-    for module in (*model.blocks[args.frozen :], model.norm, model.head):
-        module.requires_grad_(True)
-    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05, layer_decay=0.75)
-    peak = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
-    ema = ModelEmaV3(model, decay=0.995, use_warmup=True)
-    weight = torch.bincount(labels).float()[labels] ** -args.balance
-    per_epoch, epochs = len(train) // args.batch, args.epochs + args.finish
-    steps, warmup = epochs * per_epoch, per_epoch
-
-    resume, done = args.work / "resume.pth", 0
-    if resume.exists():
-        state = torch.load(resume, weights_only=True, map_location=args.device)
-        model.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["epoch"]
-        print(f"resuming after epoch {done} of {resume}", flush=True)
-
-    for epoch in range(done, epochs):
-        torch.manual_seed(args.seed + 1 + epoch)
-        model.train()
-        keep = int(model.patch_embed.num_patches * (args.keep if epoch < args.epochs else 1))
-        order = torch.multinomial(weight, per_epoch * args.batch, replacement=True).view(per_epoch, args.batch)
-        began, total = time.time(), 0.0
-        for i, index in enumerate(order):
-            step = epoch * per_epoch + i
-            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
-            for group, lr in zip(optimizer.param_groups, peak):
-                group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
-            patches = 1 + torch.randperm(model.patch_embed.num_patches)[:keep]
-            rows = torch.cat([torch.zeros(1, dtype=torch.long), patches.sort().values])
-            batch = np.stack([views[v][n][rows] for v, n in zip(torch.randint(len(views), index.shape), index)])
-            logits = scores(model, args.frozen, torch.from_numpy(batch).to(args.device).float())
-            loss = F.cross_entropy(logits, labels[index].to(args.device), label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            optimizer.step()
-            ema.update(model, step)
-            total += loss.item()
-        line = f"epoch {epoch + 1}/{epochs}: {keep} patches, loss {total / per_epoch:.3f}, {time.time() - began:.0f} s"
-        if epoch % 4 == 3 or epoch + 1 == epochs:
-            predicted = predict(ema.module, args.frozen, test_tokens, args.device)
-            accuracy = mean_class_accuracy(predicted, test_labels)
-            line += f", held-out mean class accuracy {accuracy:.4f}"
+    training = Training(model, args, views, labels)
+    for epoch in range(training.resume(), training.epochs):
+        began = time.time()
+        loss = training.run_epoch(epoch)
+        line = f"epoch {epoch + 1}/{training.epochs}: {training.kept_patches(epoch)} patches, loss {loss:.3f}"
+        line += f", {time.time() - began:.0f} s"
+        if epoch % 4 == 3 or epoch + 1 == training.epochs:
+            predicted = predict(training.ema.module, args.frozen, test_tokens, args.device)
+            line += f", held-out mean class accuracy {mean_class_accuracy(predicted, test_labels):.4f}"
         print(line, flush=True)
-        state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic_write(resume) as part:
-            torch.save(state | {"epoch": epoch + 1}, part)
+        training.save(epoch + 1)
 
-    weights = {name: t.half().cpu().contiguous() for name, t in ema.module.state_dict().items()}
-    metadata = {
-        "architecture": ARCHITECTURE,
-        "model_args": json.dumps({"img_size": SIZE, "num_classes": len(classes)}),
-        "class_names": json.dumps(classes),
-    }
-    with atomic_write(args.out) as part:
-        safetensors.torch.save_file(weights, part, metadata)
-    evaluate(args.out, held_out, *run)
+    arguments = {"img_size": SIZE, "num_classes": len(classes)}
+    store(training.ema.module, args.out, arguments, class_names=json.dumps(classes))
+    evaluate(args.out, held_out, args.device, args.workers)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ contains two folders of links, `train` and `held_out`, from which the embedded b
 The results are in `vit_small_patch14_selfsupervised.md`.
 """
 
+import argparse
 import copy
-import json
 import math
 import random
 import time
@@ -30,7 +30,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,19 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision import transforms
-from train_caltech101 import ARCHITECTURE, SIZE, Photos, atomic_write, backbone_from_onnx, encode, options, split
+from train_caltech101 import (
+    ARCHITECTURE,
+    SIZE,
+    Photos,
+    backbone_from_onnx,
+    encode,
+    options,
+    set_learning_rates,
+    split,
+    store,
+)
+
+from daam_vit.files import atomic_write
 
 
 def augmentation(size: int, mean, std) -> transforms.Compose:
@@ -141,8 +152,8 @@ def link(items: list, folder: Path) -> None:
             place.symlink_to(photo.resolve())
 
 
-def main() -> None:
-    """Train the backbone."""
+def parse_options() -> argparse.Namespace:
+    """Return the options of this script."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_selfsupervised", 0.7)
     parser.add_argument("--views", type=int, default=4, help="augmented views per photo")
     parser.add_argument(
@@ -161,7 +172,103 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.99, help="momentum of the teacher; rises to 1")
     parser.add_argument("--lr", type=float, default=1.5e-4, help="learning rate of the blocks; 5 x for the projector")
     parser.add_argument("--looked-at", type=int, default=1866, help="training photos in the printed k-NN accuracy")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def load_backbone(args: argparse.Namespace, size: int) -> nn.Module:
+    """Return the backbone of the ONNX file for images of `size` pixels, frozen."""
+    vit = timm.create_model(ARCHITECTURE, img_size=size, num_classes=0)
+    vit.load_state_dict(checkpoint_filter_fn(backbone_from_onnx(args.onnx), vit, antialias=False), strict=True)
+    return vit.requires_grad_(False).to(args.device).eval()
+
+
+class Training:
+    """Training of the student, its teacher and the predictor, epoch by epoch."""
+
+    def __init__(self, student: Encoder, args: argparse.Namespace, views: list[np.ndarray]):
+        self.student, self.args, self.views = student, args, views
+        self.predictor = mlp(256, 2048, 256).to(args.device)
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        self.modules = {"student": student, "teacher": self.teacher, "predictor": self.predictor}
+        self.optimizer = create_optimizer_v2(student, "adamw", lr=args.lr, weight_decay=0.05)
+        heads = [*student.projector.parameters(), *self.predictor.parameters()]
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if not any(p is h for h in heads)]
+        self.optimizer.add_param_group({"params": heads, "lr": 5 * args.lr})
+        self.peak = [group["lr"] for group in self.optimizer.param_groups]
+        self.queue = F.normalize(torch.randn(args.queue, 256, device=args.device), dim=1)
+        self.per_epoch = len(views[0]) // args.batch
+        self.steps = args.epochs * self.per_epoch
+        self.file = args.work / "resume.pth"
+
+    def resume(self) -> int:
+        """Load the state of an earlier run if there is one; return the number of its epochs."""
+        if not self.file.exists():
+            return 0
+        state = torch.load(self.file, weights_only=True, map_location=self.args.device)
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.queue = state["queue"]
+        print(f"resuming after epoch {state['epoch']} of {self.file}", flush=True)
+        return state["epoch"]
+
+    def save(self, epochs: int) -> None:
+        """Save the state after this number of epochs."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        with atomic_write(self.file) as part:
+            torch.save(state | {"optimizer": self.optimizer.state_dict(), "queue": self.queue, "epoch": epochs}, part)
+
+    def run_epoch(self, epoch: int) -> float:
+        """Train for one epoch, counted from 0; return the mean loss."""
+        torch.manual_seed(self.args.seed + 1 + epoch)
+        for module in self.modules.values():
+            module.train()
+        neighbours = self.args.neighbours if epoch >= self.args.alone else 0
+        photos, batch = len(self.views[0]), self.args.batch
+        order = torch.randperm(photos)[: self.per_epoch * batch].view(self.per_epoch, batch)
+        began, total = time.time(), 0.0
+        for i, index in enumerate(order):
+            loss = self.run_step(epoch * self.per_epoch + i, index, neighbours)
+            total += loss
+            if i % 10 == 0:
+                print(f"  step {i}/{self.per_epoch}: loss {loss:.3f}, {time.time() - began:.0f} s", flush=True)
+        return total / self.per_epoch
+
+    def run_step(self, step: int, index: Tensor, neighbours: float) -> float:
+        """Train on the photos `index`, `(B,)`, with this weight of the neighbours; return the loss."""
+        set_learning_rates(self.optimizer, self.peak, step, max(1, self.per_epoch // 2), self.steps)
+        pair = self.draw_views(index)
+        with torch.no_grad():
+            keys = [F.normalize(self.teacher(x), dim=1) for x in pair]
+        queries = [F.normalize(self.predictor(self.student(self.draw_patches(x))), dim=1) for x in pair]
+        losses = [contrast(queries[a], keys[1 - a], self.queue, neighbours, self.args.temperature) for a in (0, 1)]
+        loss = sum(losses) / 2
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*self.student.parameters(), *self.predictor.parameters()], 3.0)
+        self.optimizer.step()
+        momentum = 1 - (1 - self.args.momentum) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        self.queue = torch.cat([keys[step % 2], self.queue])[: self.args.queue]
+        return loss.item()
+
+    def draw_views(self, index: Tensor) -> list[Tensor]:
+        """Return the tokens of two different views of every photo, twice `(B, N, C)`."""
+        chosen = torch.stack([torch.randperm(self.args.views)[:2] for _ in index]).T
+        pairs = [np.stack([self.views[v][n] for v, n in zip(vs, index)]) for vs in chosen]
+        return [torch.from_numpy(tokens).to(self.args.device).float() for tokens in pairs]
+
+    def draw_patches(self, x: Tensor) -> Tensor:
+        """Return the class token and `--keep` random patches of tokens `(B, N, C)`."""
+        patches = 1 + torch.randperm(x.shape[1] - 1)[: self.args.keep].sort().values
+        return x[:, torch.cat([torch.zeros(1, dtype=torch.long), patches]).to(self.args.device)]
+
+
+def main() -> None:
+    """Train the backbone."""
+    args = parse_options()
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -170,102 +277,36 @@ def main() -> None:
     _, train, held_out = split(args.data)
     some = [train[i] for i in sorted(random.sample(range(len(train)), args.looked_at))]
     labels = torch.tensor([label for _, label in some])
-
-    def backbone(size: int) -> nn.Module:
-        vit = timm.create_model(ARCHITECTURE, img_size=size, num_classes=0)
-        vit.load_state_dict(checkpoint_filter_fn(backbone_from_onnx(args.onnx), vit, antialias=False), strict=True)
-        return vit.requires_grad_(False).to(args.device).eval()
-
-    vit, small = backbone(SIZE), backbone(args.view_size)
+    vit, small = load_backbone(args, SIZE), load_backbone(args, args.view_size)
     colours = {name: vit.pretrained_cfg[name] for name in ("mean", "std")}
     plain = create_transform(SIZE, crop_pct=1.0, crop_mode="squash", interpolation="bicubic", **colours)
-    looked_at = encode(
-        vit, args.frozen, Photos(some, plain), args.work / f"looked_at_{args.seed}_{args.looked_at}.npy", *run
-    )
+    file = args.work / f"looked_at_{args.seed}_{args.looked_at}.npy"
+    looked_at = encode(vit, args.frozen, Photos(some, plain), file, *run)
     student = Encoder(vit, args.frozen).requires_grad_(True).to(args.device)
     sample = torch.from_numpy(np.array(looked_at[:2])).to(args.device).float()
     torch.testing.assert_close(student.features(sample), vit.forward_head(vit.norm(vit.blocks[args.frozen :](sample))))
-    print(
-        f"at the start: leave-one-out k-NN {leave_one_out(features(student, looked_at, args.device), labels):.4f}",
-        flush=True,
-    )
+
+    def accuracy(encoder: Encoder) -> str:
+        return f"leave-one-out k-NN {leave_one_out(features(encoder, looked_at, args.device), labels):.4f}"
+
+    print(f"at the start: {accuracy(student)}", flush=True)
     augmented = Photos(train, augmentation(args.view_size, **colours))
     views = [encode(small, args.frozen, augmented, args.work / f"view_{v}.npy", *run) for v in range(args.views)]
 
-    predictor = mlp(256, 2048, 256).to(args.device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = create_optimizer_v2(student, "adamw", lr=args.lr, weight_decay=0.05)
-    heads = [*student.projector.parameters(), *predictor.parameters()]
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if not any(p is h for h in heads)]
-    optimizer.add_param_group({"params": heads, "lr": 5 * args.lr})
-    peak = [group["lr"] for group in optimizer.param_groups]
-    queue = F.normalize(torch.randn(args.queue, 256, device=args.device), dim=1)
-    per_epoch = len(train) // args.batch
-    steps, warmup = args.epochs * per_epoch, max(1, per_epoch // 2)
-
-    resume, done = args.work / "resume.pth", 0
-    modules = {"student": student, "teacher": teacher, "predictor": predictor}
-    if resume.exists():
-        state = torch.load(resume, weights_only=True, map_location=args.device)
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
-        queue, done = state["queue"], state["epoch"]
-        print(f"resuming after epoch {done} of {resume}", flush=True)
-
-    for epoch in range(done, args.epochs):
-        torch.manual_seed(args.seed + 1 + epoch)
-        for module in modules.values():
-            module.train()
-        neighbours = args.neighbours if epoch >= args.alone else 0
-        order = torch.randperm(len(train))[: per_epoch * args.batch].view(per_epoch, args.batch)
-        began, total = time.time(), 0.0
-        for i, index in enumerate(order):
-            step = epoch * per_epoch + i
-            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
-            for group, lr in zip(optimizer.param_groups, peak):
-                group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
-            chosen = torch.stack([torch.randperm(args.views)[:2] for _ in index]).T
-            pair = [
-                torch.from_numpy(np.stack([views[v][n] for v, n in zip(vs, index)])).to(args.device).float()
-                for vs in chosen
-            ]
-            with torch.no_grad():
-                keys = [F.normalize(teacher(x), dim=1) for x in pair]
-            queries = []
-            for x in pair:
-                patches = 1 + torch.randperm(x.shape[1] - 1)[: args.keep].sort().values
-                x = x[:, torch.cat([torch.zeros(1, dtype=torch.long), patches]).to(args.device)]
-                queries.append(F.normalize(predictor(student(x)), dim=1))
-            loss = sum(contrast(queries[a], keys[1 - a], queue, neighbours, args.temperature) for a in (0, 1)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([*student.parameters(), *predictor.parameters()], 3.0)
-            optimizer.step()
-            momentum = 1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-            queue = torch.cat([keys[step % 2], queue])[: args.queue]
-            total += loss.item()
-            if i % 10 == 0:
-                print(f"  step {i}/{per_epoch}: loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True)
-        accuracy = leave_one_out(features(teacher, looked_at, args.device), labels)
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {total / per_epoch:.3f}, {time.time() - began:.0f} s, "
-              f"leave-one-out k-NN {accuracy:.4f}", flush=True)  # fmt: skip
-        state = {name: module.state_dict() for name, module in modules.items()}
-        with atomic_write(resume) as part:
-            torch.save(state | {"optimizer": optimizer.state_dict(), "queue": queue, "epoch": epoch + 1}, part)
+    training = Training(student, args, views)
+    teacher = training.teacher
+    for epoch in range(training.resume(), args.epochs):
+        began = time.time()
+        loss = training.run_epoch(epoch)
+        result = f"loss {loss:.3f}, {time.time() - began:.0f} s, {accuracy(teacher)}"
+        print(f"epoch {epoch + 1}/{args.epochs}: {result}", flush=True)
+        training.save(epoch + 1)
 
     standardise(teacher.norm, features(teacher, looked_at, args.device))
-    accuracy = leave_one_out(features(teacher, looked_at, args.device), labels)
-    print(f"with standardised features: leave-one-out k-NN {accuracy:.4f}", flush=True)
+    print(f"with standardised features: {accuracy(teacher)}", flush=True)
     vit.blocks[args.frozen :].load_state_dict(teacher.blocks.state_dict())
     vit.norm.load_state_dict(teacher.norm.state_dict())
-    weights = {name: t.half().cpu().contiguous() for name, t in vit.state_dict().items()}
-    metadata = {"architecture": ARCHITECTURE, "model_args": json.dumps({"img_size": SIZE, "num_classes": 0})}
-    with atomic_write(args.out) as part:
-        safetensors.torch.save_file(weights, part, metadata)
+    store(vit, args.out, {"img_size": SIZE, "num_classes": 0})
     link(train, args.work / "train")
     link(held_out, args.work / "held_out")
 
