@@ -13,9 +13,8 @@ so they cost no memory: the graph keeps q, k and v anyway.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -25,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
+from daam_vit.libraries import UnsupportedModel
 from daam_vit.plan import AttentionLayer
 from daam_vit.state import Hook, eval_mode, hooks
 
@@ -84,38 +85,30 @@ class AttentionRecorder(TorchFunctionMode):
         """`(M, N)` of every softmax of this layer that did not multiply values yet."""
         self._matrix: Tensor | None = None
         """The open attention matrix that multiplied values last."""
-        self._threads: list[int] = []
-        """The thread in which it records, once for every time it was entered."""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Prepare the model for the run and its backward, and restore it at the end, even after an exception."""
-        with torch.inference_mode(False), torch.enable_grad(), eval_mode(model), hooks(self._hooks(), self.is_running):
-            yield
+        with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
+            try:
+                yield
+            except CheckpointError as error:
+                raise UnsupportedModel(
+                    "model: it uses torch.utils.checkpoint itself, and what it recomputes is not seen; switch that off"
+                ) from error
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Call a function that runs the attached model, and record its attention."""
-        with self:
+        with self.hooks_of(self.layers), self:
             return forward(*args)
 
-    def is_running(self) -> bool:
-        """Return whether it records in the current thread."""
-        return self._threads[-1:] == [threading.get_ident()]
-
-    def __enter__(self) -> AttentionRecorder:
-        self._threads.append(threading.get_ident())
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._threads.pop()
-        super().__exit__(*exception)
-
-    def _hooks(self) -> list[Hook]:
+    def hooks_of(self, layers: Iterable[AttentionLayer]) -> AbstractContextManager[None]:
+        """Return the context in which it knows when the modules of these layers run in the current thread."""
         pairs: list[Hook] = []
-        for layer in self.layers:
+        for layer in layers:
             pairs.append((layer.module.register_forward_pre_hook, partial(self._enter_layer, layer)))
             pairs.append((layer.module.register_forward_hook, self._leave_layer))
-        return pairs
+        return hooks(pairs)
 
     def _enter_layer(self, layer: AttentionLayer, module: nn.Module, args: tuple) -> None:
         self.layer = layer
@@ -187,7 +180,7 @@ class _Observe(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.on_gradient, ctx.matrix = on_gradient, matrix
         ctx.save_for_backward(*tensors)
-        return T.view_as(T)
+        return T.detach()  # no view: the model may change it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

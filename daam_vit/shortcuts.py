@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.libraries import UnsupportedModel
-from daam_vit.plan import Plan
+from daam_vit.plan import AttentionLayer, Plan
 
 LARGE_GRAPH = 256 * 2**20
 """Bytes per image; `memory="auto"` recomputes the blocks of a model that would keep more."""
@@ -48,33 +48,48 @@ class ShortcutRecorder(AttentionRecorder):
         self.after_first: tuple[int, int] | None = None
         self.after_last: tuple[int, int] | None = None
         """After the first, or the last, attention: how many rows count, and of how many."""
+        self.blocks: list[nn.Module] = []
+        """The blocks that may be recomputed."""
+        self.outputs: dict[AttentionLayer, tuple[Tensor, int]] = {}
+        """T of layers in these blocks, without graph, and its version, which a change in place would raise."""
         self.recomputed: nn.Module | None = None
         """The block that was recomputed last."""
+        self.thread: int | None = None
+        """The thread in which the model runs."""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Attach as the base class does; unless memory is "fast", with `recomputed_blocks`."""
-        blocks = [] if self.memory == "fast" else blocks_around(model, self.recomputable)
-        with super().attached(model), recomputed_blocks(self, blocks):
-            yield
+        """Attach as the base class does; refuse a block that is not the same when it is recomputed."""
+        with super().attached(model):
+            self.blocks = [] if self.memory == "fast" else blocks_around(model, self.recomputable)
+            try:
+                yield
+            except CheckpointError as error:
+                if self.recomputed is None:
+                    raise
+                raise UnsupportedModel(
+                    f"model: a {type(self.recomputed).__name__} does not compute the same twice; pass memory='fast'"
+                ) from error
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Run as the base class does; if rows mix after the last attention, run once more for all tokens."""
         try:
             with suppress(_MixesRows):
-                output = super().run(forward, *args)
-                if (
-                    self.after_last and getattr(output, "ndim", 2) > 2
-                ):  # no score: its tokens must not be the first rows
-                    raise _MixesRows(forward)
-                return output
+                output = self._run(forward, *args)
+                if not self.after_last or getattr(output, "ndim", 2) == 2:  # else all tokens are the output
+                    return output
             self.last = self.after_first = self.after_last = None
             self._leave_layer()
-            self.calls.clear()
-            self.leaves.clear()
-            return super().run(forward, *args)
+            for recorded in (self.calls, self.leaves, self.outputs):
+                recorded.clear()
+            return self._run(forward, *args)
         finally:
             self.after_first = self.after_last = None
+
+    def _run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        self.thread = threading.get_ident()
+        with recomputed_blocks(self, self.blocks):
+            return super().run(forward, *args)
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call as the base class does, on the first rows only if the others do not count."""
@@ -104,6 +119,8 @@ class ShortcutRecorder(AttentionRecorder):
                 if named.get(argument) is not None and named[argument].shape[-2] > 1:
                     named[argument] = named[argument][..., :rows, :]
         T = super().attend(func, matrix_of, named)
+        if self.blocks:
+            self.outputs.setdefault(self.layer, (T.detach(), T._version))
         if is_last:
             self.after_last = rows, tokens
             return F.pad(T, (0, 0, 0, tokens - rows))
@@ -222,10 +239,6 @@ def recomputed_blocks(recorder: ShortcutRecorder, blocks: Sequence[nn.Module]) -
                     block.forward = forward = _Forward(block, len(blocks))
                 forward.recorders.append(recorder)
         yield
-    except CheckpointError as error:
-        raise UnsupportedModel(
-            f"model: a {type(recorder.recomputed).__name__} does not compute the same twice; pass memory='fast'"
-        ) from error
     finally:
         with _replacing:
             for block in blocks:
@@ -246,12 +259,13 @@ class _Forward:
         self.recorders: list[ShortcutRecorder] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recorder = next((r for r in [*self.recorders] if r.is_running()), None)
+        recorder = next((r for r in reversed([*self.recorders]) if r.thread == threading.get_ident()), None)
         if recorder is None or not (recorder.memory == "low" or self._graph_bytes(args, kwargs) > LARGE_GRAPH):
             return self.plain(*args, **kwargs)
         outputs = _AttentionOutputs()
         contexts = outputs, _SecondPass(recorder, self.block, outputs)
-        return checkpoint(self.plain, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+        block = partial(self.plain, **kwargs)  # whose names may be those of arguments of `checkpoint`
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: contexts)
 
     def _graph_bytes(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """Return what all blocks keep of an image: about 10 N C values each, norm1, qkv (3), T, norm2 and MLP (4)."""
@@ -280,7 +294,9 @@ class _AttentionOutputs(TorchDispatchMode):
         if not name.startswith("aten::_scaled_dot_product_") or "math" in name:
             return func(*args, **(kwargs or {}))
         if self.replayed is not None:
-            outputs = next(self.replayed)
+            outputs = next(self.replayed, ())
+            if not outputs:
+                raise CheckpointError("there was less attention in the first pass")
         else:
             outputs = func(*args, **(kwargs or {}))
             self.kept.append(outputs)
@@ -295,19 +311,23 @@ class _SecondPass:
         self.calls, self.layer, self.after_first = len(recorder.calls), recorder.layer, recorder.after_first
 
     def __enter__(self) -> None:
-        recorder = self.recorder
+        recorder, modules = self.recorder, set(self.block.modules())
+        layers = [layer for layer in recorder.layers if layer.module in modules]
+        kept = [recorder.outputs[layer] for layer in layers if self.outputs.kept]
+        if any(T._version != version for T, version in kept):
+            raise CheckpointError("the output of the attention was changed in place")
         self.recorded = recorder.calls, recorder.leaves
         recorder.calls, recorder.leaves = recorder.calls[: self.calls], []  # what is recorded now is not kept
         recorder.layer, recorder.after_first, recorder.recomputed = self.layer, self.after_first, self.block
         self.outputs.replayed = iter(self.outputs.kept)
-        self.outputs.__enter__()
-        recorder.__enter__()
+        self.contexts = ExitStack()
+        self.contexts.enter_context(recorder.hooks_of(layers))
+        self.contexts.enter_context(self.outputs)
+        self.contexts.enter_context(recorder)
 
     def __exit__(self, *exception: Any) -> None:
-        recorder = self.recorder
-        recorder.__exit__(*exception)
-        self.outputs.__exit__(*exception)
-        self.outputs.replayed = None
+        self.contexts.close()
+        recorder, self.outputs.replayed = self.recorder, None
         recorder._leave_layer()
         recorder.after_first = None
         recorder.calls, recorder.leaves = self.recorded

@@ -14,19 +14,16 @@ Hook = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 @contextmanager
-def hooks(pairs: Sequence[Hook], is_active: Callable[[], bool] | None = None) -> Iterator[None]:
-    """Register hooks of modules, and remove them at the end.
+def hooks(pairs: Sequence[Hook]) -> Iterator[None]:
+    """Register hooks that act in the current thread only, since others may run the same model; remove them at the end.
 
     Args:
         pairs: how to register each hook, and what it calls.
-        is_active: whether a hook may act, asked at each call; by default only in the thread that registered it, since
-            other threads may run the same model.
     """
-    owner = threading.get_ident()
-    active = is_active or (lambda: threading.get_ident() == owner)
+    thread = threading.get_ident()
 
     def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: call(*args) if active() else None
+        return lambda *args: call(*args) if threading.get_ident() == thread else None
 
     handles = []
     try:
@@ -42,17 +39,25 @@ def hooks(pairs: Sequence[Hook], is_active: Callable[[], bool] | None = None) ->
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, and restore every flag at the end.
 
-    Two more flags of timm are switched off: `grad_checkpointing`, whose second forward would not be recorded, and
-    `fused_attn` of differential attention, which would be two fused calls instead of one matrix.
+    More flags are switched off: timm's `grad_checkpointing`, whose second forward would not be recorded; `fused_attn`
+    of timm's differential attention, which would be two fused calls instead of one matrix; and what `Module.compile`
+    made, which would not be run function by function.
     """
-    modules = list(model.modules())
-    flags = [(m, name) for m in modules for name in ("training", "grad_checkpointing") if m.__dict__.get(name)]
-    differential = [m for m in modules if type(m).__name__.startswith("Diff")]
-    flags += [(m, "fused_attn") for m in differential if m.__dict__.get("fused_attn")]
+    off: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        differential = type(module).__name__.startswith("Diff")
+        for name, value in _FLAGS.items():
+            if module.__dict__.get(name) and (name != "fused_attn" or differential):
+                off.append((module, name, value))
+    before = [getattr(module, name) for module, name, _ in off]
     try:
-        for module, name in flags:
-            setattr(module, name, False)
+        for module, name, value in off:
+            setattr(module, name, value)
         yield
     finally:
-        for module, name in flags:
-            setattr(module, name, True)
+        for (module, name, _), value in zip(off, before):
+            setattr(module, name, value)
+
+
+_FLAGS = {"training": False, "grad_checkpointing": False, "fused_attn": False, "_compiled_call_impl": None}
+"""The flags, and what switches them off."""

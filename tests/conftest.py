@@ -1,4 +1,8 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files; one thread for each of pytest's processes, which share the cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the scripts that tests start
 
 import pytest
 from tiny_models import random_images, tiny_vit

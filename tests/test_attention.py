@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import TINY, random_images
+from derivations import assert_same_maps
+from odd_models import InPlace
+from tiny_models import TINY, random_images, tiny_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from daam_core import all_rows_map, attention_flow, block_map
+from daam_core import UnsupportedModel, all_rows_map, attention_flow, block_map
 from daam_vit.attention import AttentionRecorder, fused_matrix, repeat_heads
 from daam_vit.checks import completeness_error, queries_read
 from daam_vit.plan import AttentionLayer
@@ -305,3 +307,24 @@ def test_no_attention_matrix_is_made(options, rows, model, images):
         attention_flow(model, images, rows=rows, **options)
     assert (17, TINY["embed_dim"] // TINY["num_heads"]) in seen  # q, k and v: the mode does see the attention
     assert (17, 17) not in seen
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "open"])
+@pytest.mark.parametrize("options", [{"memory": "fast"}, {"memory": "low"}, {"shortcuts": False}], ids=str)
+def test_an_output_that_is_changed_in_place(fused, options, images):
+    """The map is that of the attention's output, whatever the model makes of it."""
+    model = tiny_vit(attn_layer=InPlace)
+    expected = attention_flow(set_attention(model, fused, in_place=()), images, **options).block_maps
+    # autograd keeps the output of fused attention for its backward, except of the first one
+    set_attention(model, fused, in_place=model.blocks[:1] if fused else model.blocks)
+    if fused and options == {"memory": "low"}:  # whose second pass would begin with the changed output
+        with pytest.raises(UnsupportedModel, match="^model: a Block does not compute the same twice; pass memory='fas"):
+            attention_flow(model, images, **options)
+    else:
+        assert_same_maps(attention_flow(model, images, **options).block_maps, expected)
+
+
+def set_attention(model, fused, in_place):
+    for block in model.blocks:
+        block.attn.fused, block.attn.in_place = fused, block in in_place
+    return model

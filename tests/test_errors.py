@@ -9,7 +9,9 @@ import torch
 from model_state import state_of
 from odd_models import (
     AlsoOfKeys,
+    AttendsMore,
     Augments,
+    ChecksItself,
     Crop,
     DropsAlways,
     Early,
@@ -83,6 +85,18 @@ def backbone():
 def made_in_inference_mode(kind):
     with torch.inference_mode():
         return tiny_vit(kind)
+
+
+def with_mlp(mlp):
+    model = tiny_vit()
+    model.blocks[1].mlp = mlp
+    return model
+
+
+def with_own_checkpoint():
+    model = tiny_vit()
+    model.blocks[1] = ChecksItself(model.blocks[1])
+    return model
 
 
 def with_block_that_changes():
@@ -223,6 +237,11 @@ MODELS = [
         for way in ({"memory": "fast"}, {"memory": "low"}, {"shortcuts": False})
     ),
     case("model: a Block does not compute the same twice; pass memory='fast'$", with_block_that_changes, memory="low"),
+    case("model: a Block does not compute the same twice; pass memory='fast'$", lambda: with_mlp(AttendsMore()),
+         memory="low"),
+    case("model: it uses torch.utils.checkpoint itself, and what it recomputes is not seen; switch that off$",
+         with_own_checkpoint),
+    case("model: it uses torch.utils.checkpoint itself", with_own_checkpoint, shortcuts=False),
     case("model: Augments attends in 4 images from 17 to 17 tokens.* expected 2 images and 1 \\+ 16 tokens",
          partial(tiny_vit, Augments)),
     case("model: the score of Early does not depend on every attention that was seen", partial(tiny_vit, Early)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from derivations import assert_same_maps
-from odd_models import Detour, RootMeanSquare, SecondToken
+from odd_models import Detour, NamedLikeCheckpoint, RootMeanSquare, SecondToken
 from support_table import ALL_ROWS, DECOMPOSED, Row
 from tiny_models import TINY, random_images, tiny_vit
 from torch import nn
@@ -221,6 +221,14 @@ def test_automatic_memory_goes_by_the_size_of_the_graph_of_one_image(model, imag
     ):
         with mock.patch.object(shortcuts, "LARGE_GRAPH", limit):
             assert rows_of(model, images, memory=memory)[0] == expected
+
+
+def test_block_with_arguments_that_checkpoint_has_too(model, images):
+    expected = attention_flow(model, images, memory="low").block_maps
+    names = {"function": 1, "debug": 2, "use_reentrant": 3, "context_fn": 4}
+    model.blocks[1] = NamedLikeCheckpoint(model.blocks[1])
+    model.blocks[1].register_forward_pre_hook(lambda module, args, kwargs: (args, names), with_kwargs=True)
+    assert torch.equal(attention_flow(model, images, memory="low").block_maps, expected)
 
 
 class Noise(nn.Module):
