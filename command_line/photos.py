@@ -19,8 +19,8 @@ from daam_core import UnsupportedModel
 from models import LoadedModel
 from models.images import find_images, read_image
 
-OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"
-"""Messages of CUDA and MPS, cuBLAS, the CPU and Windows."""
+OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory|Insufficient memory"
+"""Messages of CUDA and MPS, cuBLAS, the CPU, Windows and OpenCV."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ class Photos:
             yield
         except (ValueError, OSError) as error:
             self.report(error)
-        except (RuntimeError, MemoryError) as error:
-            out_of_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
-            if not out_of_memory or self._device is None:
+        except Exception as error:
+            if not is_out_of_memory(error) or self._device is None:
                 raise
             photos = f"{self._batch_size} photos at once need" if self._batch_size > 1 else "one photo needs"
             advice = "try a smaller --batch, --memory low or --dtype bfloat16"
@@ -149,6 +148,13 @@ class Photos:
             yield
         except (ValueError, OSError) as error:
             self.report(error, photo.file)
-        except MemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.report(ValueError("size: its frames need more memory than there is; try --size 1024"), photo.file)
         self._bar.update()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of Python, torch or OpenCV says that memory ran out."""
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None

@@ -14,6 +14,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import safetensors.torch
@@ -507,10 +508,15 @@ def test_out_of_memory_names_the_batch(weights, photos, tmp_path, capsys, monkey
     assert made == ["astronaut", "chelsea", "china"] and no_leftovers(tmp_path)
 
 
-def test_a_photo_too_large_to_draw_does_not_stop_the_others(weights, photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), cv2.error("(-4:Insufficient memory) Failed to allocate"), RuntimeError("can't allocate memory")],
+    ids=["Python", "OpenCV", "torch"],
+)
+def test_a_photo_too_large_to_draw_does_not_stop_the_others(error, weights, photos, tmp_path, capsys, monkeypatch):
     def drawing(folder, *args):
         if "china" in folder.name:
-            raise MemoryError
+            raise error
         return save_flow(folder, *args)
 
     save_flow = results.save_flow
