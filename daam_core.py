@@ -268,7 +268,7 @@ def attention_flow(
             "low" if a whole model would keep more than 256 MiB per image (ViT-S: from 1,600 tokens on). A model of no
             known family always runs "fast".
         variant: "paper" is the method of the paper. The evaluation compares it with two variants that are not in the
-            paper: "signed" keeps the sign of the coefficients also for a class score, w = identity; "heads" does so,
+            paper: "signed" keeps the sign of the coefficients for a class score, too, w = identity; "heads" does so,
             and takes ReLU head by head, L_b[j] = sum_h ReLU(sum_d C_b[h, d] S_b[j, h, d]). The latter is the row of the
             class token in the gradient-weighted attention of Chefer, Gur, Wolf 2021 (https://arxiv.org/abs/2103.15679,
             Eq. 5), times the number of heads, since C_b[h] . V_b[j, h] is the gradient with respect to a_b[h, j].

@@ -68,7 +68,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def case_table(case: dict) -> str:
-    """Return all numbers of one case, one row a method."""
+    """Return all numbers of one case, one row per method."""
     lines = [
         f"{name(case)}, {case['tokens']} tokens, {case['rounds']} round{'s' * (case['rounds'] != 1)}", "",
         "| method | seconds, median (range) | x forward + backward | images/s | peak memory |", "|---|--:|--:|--:|--:|",
@@ -157,7 +157,7 @@ def write_into_page(report: dict) -> None:
 
 
 def plot(report: dict, file: Path) -> None:
-    """Plot time relative to forward + backward, and below it peak memory: one column a case, one colour a method."""
+    """Plot time relative to forward + backward, and below it peak memory: one column per case, one colour per method."""
     import matplotlib
 
     matplotlib.use("Agg")

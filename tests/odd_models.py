@@ -110,7 +110,7 @@ class Early(VisionTransformer):
 
 
 class DropsAlways(Attention):
-    """Drops attention also in eval mode: T is not A V."""
+    """Drops attention even in eval mode: T is not A V."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -232,7 +232,7 @@ def test_block_with_arguments_that_checkpoint_has_too(model, images):
 
 
 class Noise(nn.Module):
-    """Draws random numbers, also in eval mode."""
+    """Draws random numbers, even in eval mode."""
 
     def forward(self, x):
         return x + torch.randn_like(x)
