@@ -157,7 +157,7 @@ def write_into_page(report: dict) -> None:
 
 
 def plot(report: dict, file: Path) -> None:
-    """Plot time relative to forward + backward, and below it peak memory: one column per case, one colour per method."""
+    """Plot time relative to forward + backward, and peak memory below: one column per case, one colour per method."""
     import matplotlib
 
     matplotlib.use("Agg")
