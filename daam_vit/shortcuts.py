@@ -51,7 +51,7 @@ class ShortcutRecorder(AttentionRecorder):
         self.blocks: list[nn.Module] = []
         """The blocks that may be recomputed."""
         self.outputs: dict[AttentionLayer, tuple[Tensor, int]] = {}
-        """T of layers in these blocks, without graph, and its version, which a change in place would raise."""
+        """T of fused attention in these blocks, without graph, and its version, which a change in place raises."""
         self.recomputed: nn.Module | None = None
         """The block that was recomputed last."""
         self.thread: int | None = None
@@ -119,7 +119,7 @@ class ShortcutRecorder(AttentionRecorder):
                 if named.get(argument) is not None and named[argument].shape[-2] > 1:
                     named[argument] = named[argument][..., :rows, :]
         T = super().attend(func, matrix_of, named)
-        if self.blocks:
+        if self.blocks and func is F.scaled_dot_product_attention:
             self.outputs.setdefault(self.layer, (T.detach(), T._version))
         if is_last:
             self.after_last = rows, tokens
@@ -313,7 +313,7 @@ class _SecondPass:
     def __enter__(self) -> None:
         recorder, modules = self.recorder, set(self.block.modules())
         layers = [layer for layer in recorder.layers if layer.module in modules]
-        kept = [recorder.outputs[layer] for layer in layers if self.outputs.kept]
+        kept = [recorder.outputs[layer] for layer in layers if layer in recorder.outputs and self.outputs.kept]
         if any(T._version != version for T, version in kept):
             raise CheckpointError("the output of the attention was changed in place")
         self.recorded = recorder.calls, recorder.leaves
