@@ -350,11 +350,11 @@ class _LayerMaps:
             value = A.value.float()  # (B, H', N, d)
             V = repeat_heads(value, a.shape[1])  # (B, H, N, d)
             self.errors[layer] = completeness_error(a, V, call.output.float())  # ()   Eq. 3
-            C = C.float() / self.scale  # (B, H, M, d)
             if layer.queries is None:
-                L = all_rows_map(A, value, C, self.w, self.heads)  # (B, N)
+                L = all_rows_map(A, value, C.float() / self.scale, self.w, self.heads)  # (B, N)
             else:
-                L = block_map(a, V, C[..., queries, :], self.w, self.heads)  # (B, N)   Eqs. 2 and 5
+                C = C[..., queries, :].float() / self.scale  # (B, H, Q, d)
+                L = block_map(a, V, C, self.w, self.heads)  # (B, N)   Eqs. 2 and 5
         self.of_layer[layer].append(L)
 
     def of_steps(self, plan: Plan) -> Tensor:

@@ -61,7 +61,8 @@ class ShortcutRecorder(AttentionRecorder):
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Attach as the base class does; refuse a block that is not the same when it is recomputed."""
         with super().attached(model):
-            self.blocks = [] if self.memory == "fast" else blocks_around(model, self.recomputable)
+            if self.memory == "low" or (self.memory == "auto" and self._may_be_large()):
+                self.blocks = blocks_around(model, self.recomputable)
             try:
                 yield
             except CheckpointError as error:
@@ -70,6 +71,14 @@ class ShortcutRecorder(AttentionRecorder):
                 raise UnsupportedModel(
                     f"model: a {type(self.recomputed).__name__} does not compute the same twice; pass memory='fast'"
                 ) from error
+
+    def _may_be_large(self) -> bool:
+        """Return whether blocks may keep more than `LARGE_GRAPH`, by their tokens and the widest of their weights."""
+        sizes = []
+        for layer in self.layers:
+            widths = (math.prod(p.shape[-1:]) * p.itemsize for p in layer.module.parameters())
+            sizes.append((layer.prefix + math.prod(layer.grid)) * max(widths, default=math.inf))
+        return _graph_bytes(len(sizes), max(sizes)) > LARGE_GRAPH
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Run as the base class does; if rows mix after the last attention, run once more for all tokens."""
@@ -260,17 +269,14 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder = next((r for r in reversed([*self.recorders]) if r.thread == threading.get_ident()), None)
-        if recorder is None or not (recorder.memory == "low" or self._graph_bytes(args, kwargs) > LARGE_GRAPH):
+        tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        size = 0 if tokens is None else math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
+        if recorder is None or not (recorder.memory == "low" or _graph_bytes(self.num_blocks, size) > LARGE_GRAPH):
             return self.plain(*args, **kwargs)
         outputs = _AttentionOutputs()
         contexts = outputs, _SecondPass(recorder, self.block, outputs)
         block = partial(self.plain, **kwargs)  # whose names may be those of arguments of `checkpoint`
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: contexts)
-
-    def _graph_bytes(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        """Return what all blocks keep of an image: about 10 N C values each, norm1, qkv (3), T, norm2 and MLP (4)."""
-        tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        return 0 if tokens is None else 10 * self.num_blocks * math.prod(tokens.shape[1:]) * tokens.dtype.itemsize
 
     def remove(self, recorder: ShortcutRecorder) -> None:
         """Detach a recorder; the last one puts `forward` back."""
@@ -279,6 +285,11 @@ class _Forward:
             del self.block.forward
             if self.own is not None:
                 self.block.forward = self.own
+
+
+def _graph_bytes(num_blocks: int, size: float) -> float:
+    """Return what blocks keep of tokens of `size` bytes: about ten times that, norm1, qkv (3), T, norm2 and MLP (4)."""
+    return 10 * num_blocks * size
 
 
 class _AttentionOutputs(TorchDispatchMode):

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from scripts import ROOT, call, offline_environment, one_line_error
+from scripts import ROOT, call, one_line_error
 from tiny_banks import BACKBONE, rows, write_backbone, write_bank
 from tiny_models import tiny_timm
 
@@ -37,11 +37,6 @@ def evaluate(capfd, monkeypatch):
     """Call the command in this process, with these options."""
     monkeypatch.chdir(ROOT)
     return partial(call, main, capfd)
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    return offline_environment(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The supervised script from end to end, without network: as a subprocess, and in this process."""
 
-import gc
 import hashlib
 import json
 import os
@@ -10,25 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
-import torchvision
 from PIL import Image
-from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
+from scripts import ROOT, no_leftovers, one_line_error, run
 from tiny_checkpoints import fake_cache
-from tiny_models import build, tiny_timm
 
 import VIT_DynamicAccumulatedAttentionMap_oneSample as script
-from command_line import photos as photo_loop
-from command_line import results
 from daam_core import attention_flow, block_labels, overlay, render, side_by_side
 from models import load
 from models.images import read_image
@@ -36,26 +29,6 @@ from models.images import read_image
 SCRIPT = ROOT / "VIT_DynamicAccumulatedAttentionMap_oneSample.py"
 EMBEDDED = "vit_small_patch14_caltech101"
 TINY = "vit_tiny_patch16_224"
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    return offline_environment(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture
-def explain(capfd):
-    """Run the script in this process."""
-    return partial(call, script.main, capfd)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    metadata = {"architecture": TINY, "class_names": json.dumps(["cat", "dog", "jack-o'-lantern / pumpkin"])}
-    safetensors.torch.save_file(timm.create_model(TINY, num_classes=3).state_dict(), file, metadata)
-    return file
 
 
 def test_default_run_without_network(offline, explain, tmp_path):
@@ -325,19 +298,6 @@ def test_the_numbers_of_the_evolution(explain, tmp_path):
         assert picture.width >= 1500 and picture.height >= 600 and len(picture.getcolors(1 << 24)) > 1000
 
 
-def test_without_a_logit_lens_there_is_no_evolution_picture(explain, tmp_path):
-    name = "pit_ti_224"
-    weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
-    options = ("--model", name, "--checkpoint", weights, "--target", 2, "--size", 64, "--output-dir", tmp_path)
-    result = explain(*options)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    lines = [line for line in result.stdout.splitlines() if "evolution.png" in line]
-    assert len(lines) == 1 and lines[0].startswith("  no evolution.png: PoolingVisionTransformer has blocks of several")
-    folder = tmp_path / name / "coffee-class_2"
-    assert json.loads((folder / "flow.json").read_text())["evolution"] is None
-    assert (folder / "flow.gif").is_file() and not (folder / "evolution.png").exists()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Several classes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,246 +387,3 @@ def test_names_of_classes_that_are_alike_or_long(weights, tmp_path):
         shutil.rmtree(folder)
     assert script.main([*options, "--target", "2", "1"]) == script.main([*options, "--target", "1", "2"]) == 0
     assert sorted(len(p.name) for p in (tmp_path / "out" / "mine").iterdir())[1:] == [96, 96]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches, precision, memory
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Five photos, and a file that cannot be read."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in ("astronaut.png", "chelsea.png", "china.jpg", "coffee.png", "flower.jpg"):
-        Image.open(ROOT / ".img" / name).resize((96, 64)).save(folder / name)
-    (folder / "damaged.png").write_text("not an image")
-    return folder
-
-
-def test_batches_give_what_single_photos_give(explain, weights, photos, tmp_path):
-    made = {}
-    for batch in (1, 4):
-        out = tmp_path / f"by_{batch}"
-        options = ("--checkpoint", weights, "--target", "cat", "dog", "--batch", batch, "--output-dir", out)
-        result = explain("--image", photos, *options)
-        one_line_error(result, "image: ", "damaged.png")
-        assert "6/6" in result.stderr
-        made[batch] = {p.parent.name: np.load(p) for p in (out / "tiny").rglob("maps.npz")}
-    assert made[1].keys() == made[4].keys() and len(made[1]) == 5
-    for name, alone in made[1].items():
-        for key in ("block_maps", "accumulated", "output"):
-            wanted, largest = alone[key], np.abs(alone[key]).max()
-            np.testing.assert_allclose(made[4][name][key], wanted, atol=1e-4 * largest, err_msg=name)
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Record every call of attention_flow: number of images, arguments, and number of photos in memory."""
-    calls, pictures = [], []
-
-    def read(path):
-        picture = read_image(path)
-        pictures.append(weakref.ref(picture))
-        return picture
-
-    def flow(model, images, *args, **kwargs):
-        gc.collect()
-        calls.append((len(images), kwargs, sum(picture() is not None for picture in pictures)))
-        return attention_flow(model, images, *args, **kwargs)
-
-    monkeypatch.setattr(script, "attention_flow", flow)
-    for module in (script, photo_loop):
-        monkeypatch.setattr(module, "read_image", read)
-    return calls
-
-
-def test_the_model_sees_batches_and_no_photo_is_held(watched, weights, photos, tmp_path, capsys):
-    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
-    assert script.main([*options, "--batch", "3"]) == 2
-    assert [(size, held) for size, _, held in watched] == [(3, 0), (2, 0)]  # the fourth cannot be read
-    assert script.main([*options, "--memory", "low", "--rows", "patches", "--norm"]) == 2
-    asked = {"norm": True, "rows": "patches", "memory": "low", "variant": "paper"}
-    assert watched[2][1] == asked and watched[2][0] == 5
-    assert len(list((tmp_path / "out" / "tiny").iterdir())) == 10
-    flow = json.loads(next((tmp_path / "out").rglob("coffee-*-patches/flow.json")).read_text())
-    assert flow["settings"]["memory"] == "low" and flow["settings"]["dtype"] == "float32"
-
-
-def test_out_of_memory_names_the_batch(weights, photos, tmp_path, capsys, monkeypatch):
-    """The error is one line, earlier results stay, and nothing is half-written."""
-    calls = iter([attention_flow, lambda *args, **kwargs: torch.empty(1 << 60)])
-    monkeypatch.setattr(script, "attention_flow", lambda *args, **kwargs: next(calls)(*args, **kwargs))
-    (photos / "damaged.png").unlink()
-    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
-    assert script.main([*options, "--batch", "3"]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 1, errors
-    assert "error: batch: 2 photos at once need more memory than cpu has; try a smaller --batch" in errors[0]
-    made = sorted(p.name.split("-")[0] for p in (tmp_path / "out" / "tiny").iterdir())
-    assert made == ["astronaut", "chelsea", "china"] and no_leftovers(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), cv2.error("(-4:Insufficient memory) Failed to allocate"), RuntimeError("can't allocate memory")],
-    ids=["Python", "OpenCV", "torch"],
-)
-def test_a_photo_too_large_to_draw_does_not_stop_the_others(error, weights, photos, tmp_path, capsys, monkeypatch):
-    def drawing(folder, *args):
-        if "china" in folder.name:
-            raise error
-        return save_flow(folder, *args)
-
-    save_flow = results.save_flow
-    monkeypatch.setattr(results, "save_flow", drawing)
-    (photos / "damaged.png").unlink()
-    options = ["--image", str(photos), "--checkpoint", str(weights), "--output-dir", str(tmp_path / "out")]
-    assert script.main([*options, "--size", "64"]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 1, errors
-    assert "error: size: its frames need more memory than there is; try --size 1024 (" in errors[0]
-    made = sorted(p.name.split("-")[0] for p in (tmp_path / "out" / "tiny").iterdir())
-    assert made == ["astronaut", "chelsea", "coffee", "flower"] and no_leftovers(tmp_path)
-
-
-def test_errors_of_the_script_itself_are_not_hidden(weights, photos, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(script, "attention_flow", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        script.main(["--image", str(photos / "coffee.png"), "--checkpoint", str(weights)])
-
-
-@pytest.mark.parametrize("dtype, target", [("bfloat16", "top2"), ("float16", "cup")])
-def test_half_precision_stays_close(dtype, target, explain, tmp_path):
-    options = ("--dtype", dtype, "--target", target, "--size", 64, "--output-dir", tmp_path)
-    result = explain("--model", EMBEDDED, *options)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    file = next(tmp_path.rglob("maps.npz"))
-    maps, flow = np.load(file), json.loads(file.with_name("flow.json").read_text())
-    assert flow["settings"]["dtype"] == dtype
-    for c in flow.get("targets", [flow.get("target")]):
-        last = flow["evolution"]["blocks"][-1]["probability"][str(c["index"])]
-        assert last == pytest.approx(c["probability"], abs=0.02)
-    classes = [c["index"] for c in flow.get("targets", [flow.get("target")])]
-    loaded = load(EMBEDDED)
-    images = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
-    exact = attention_flow(loaded.model, images, [classes]).accumulated[0, :, -1].flatten(1).numpy()
-    half = maps["accumulated"].reshape(len(classes), 12, -1)[:, -1]
-    assert not np.allclose(half, exact, rtol=1e-5, atol=0)  # it was computed in another precision
-    assert all(np.corrcoef(a, b)[0, 1] > 0.999 for a, b in zip(half, exact, strict=True))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Other families and other libraries
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def saved(name, file, **options):
-    """Random weights of a timm model, large enough that its attention is not flat."""
-    safetensors.torch.save_file(tiny_timm(name, **options).state_dict(), file)
-    return file
-
-
-@pytest.mark.parametrize(
-    "name, decomposed, maps",
-    [
-        ("cait_xxs24_224", "class token, 2 class-attention blocks", (2, 14, 14)),
-        ("deit_tiny_distilled_patch16_224", "class and distillation token, 12 blocks", (12, 14, 14)),
-    ],
-)
-def test_other_families(name, decomposed, maps, explain, tmp_path):
-    weights = saved(name, tmp_path / "weights.safetensors", num_classes=4)
-    result = explain("--model", name, "--checkpoint", weights, "--target", 2, "--output-dir", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert f"explained: 2 class 2 ({decomposed}) -> " in result.stdout
-    folder = tmp_path / "out" / name / "coffee-class_2"
-    flow = json.loads((folder / "flow.json").read_text())
-    assert flow["decomposed"] == decomposed and flow["settings"]["rows"] == "class"
-    assert [flow["blocks"], *flow["grid"]] == list(maps) == list(np.load(folder / "maps.npz")["block_maps"].shape)
-    assert flow["num_prefix_tokens"] == 1 + ("distilled" in name)
-    last = flow["evolution"]["blocks"][maps[0] - 1]["probability"]["2"]
-    assert last == pytest.approx(flow["target"]["probability"], abs=1e-4) and (folder / "evolution.png").is_file()
-    with Image.open(folder / "flow.gif") as gif:
-        assert gif.n_frames == maps[0]
-
-
-def test_mean_of_the_patches_needs_rows_patches(explain, tmp_path):
-    weights = saved("vit_tiny_patch16_224", tmp_path / "weights.safetensors", num_classes=4, global_pool="avg")
-    metadata = {"architecture": TINY, "model_args": json.dumps({"num_classes": 4, "global_pool": "avg"})}
-    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, metadata)
-    options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
-    result = explain(*options)
-    one_line_error(result, "scores the mean patch token", "global_pool='token'", "--rows patches")
-    result = explain(*options, "--rows", "patches")
-    assert result.returncode == 0, result.stderr
-    assert "(all tokens, rows='patches', 12 blocks)" in result.stdout
-    flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
-    assert flow["decomposed"] == "all tokens, rows='patches', 12 blocks" and flow["settings"]["rows"] == "patches"
-    assert flow["method"] == "Dynamic Accumulated Attention Map, all-rows form"
-    folder = tmp_path / "out" / "weights" / "coffee-class_1-patches"
-    assert (folder / "flow.gif").is_file() and (folder / "evolution.png").is_file()
-    last = flow["evolution"]["blocks"][11]["probability"]["1"]
-    assert last == pytest.approx(flow["target"]["probability"], abs=1e-4)
-
-
-def test_variant(weights, explain, tmp_path):
-    options = ("--checkpoint", weights, "--target", 1, "--output-dir", tmp_path / "out")
-    for variant in (["--variant", "heads"], []):
-        result = explain(*options, *variant)
-        assert result.returncode == 0, result.stderr
-    heads, paper = (tmp_path / "out" / "tiny" / f"coffee-dog{suffix}" for suffix in ("-heads", ""))
-    manifests = [json.loads((folder / "flow.json").read_text()) for folder in (heads, paper)]
-    assert [flow["settings"]["variant"] for flow in manifests] == ["heads", "paper"]
-    assert manifests[0]["method"] == "Dynamic Accumulated Attention Map, variant heads"
-    assert manifests[1]["method"] == "Dynamic Accumulated Attention Map"
-    maps = [np.load(folder / "maps.npz")["accumulated"] for folder in (heads, paper)]
-    assert not np.allclose(*maps, rtol=0.01)
-    one_line_error(explain(*options, "--variant", "relu"), "--variant: expected paper, signed or heads, got 'relu'")
-
-
-def test_rows_that_a_family_does_not_have(explain, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    weights = saved("cait_xxs24_224", tmp_path / "weights.safetensors", num_classes=4)
-    options = ("--model", "cait_xxs24_224", "--checkpoint", weights, "--rows", "patches")
-    photos = (ROOT / ".img" / "coffee.png", ROOT / ".img" / "flower.jpg")
-    result = explain(*options, "--image", *photos, "--batch", 1)  # the second photo is not tried
-    one_line_error(result, "rows: 'patches' is not defined for Cait")
-
-
-def test_transformers_model_from_a_folder(offline, explain, tmp_path, monkeypatch):
-    import transformers
-
-    config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
-        id2label={0: "cat", 1: "dog", 2: "cup"},
-    )  # fmt: skip
-    model = build(transformers.ViTForImageClassification, config)
-    model.save_pretrained(tmp_path / "mine")
-    result = run(SCRIPT, "--model", f"hf:{tmp_path / 'mine'}", "--target", "dog", env=offline, cwd=tmp_path)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    folder = tmp_path / "results" / "hf_mine" / "coffee-dog"
-    flow = json.loads((folder / "flow.json").read_text())
-    assert flow["model"] == "hf:mine" and flow["target"]["index"] == 1 and flow["grid"] == [4, 4]
-    weights = tmp_path / "mine" / "model.safetensors"
-    assert flow["checkpoint"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    monkeypatch.chdir(tmp_path)
-    result = explain("--model", f"hf:{tmp_path / 'mine'}", "--target", "top2")
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert len(list((tmp_path / "results" / "hf_mine").glob("coffee-*-*"))) == 1
-
-
-def test_torchvision_model_from_a_checkpoint(explain, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = torchvision.models.vit_b_32(num_classes=3).half().state_dict()
-    torch.nn.init.normal_(state["heads.head.weight"])  # zero in a new model
-    torch.save(state, tmp_path / "mine.pth")
-    options = ("--model", "torchvision:vit_b_32", "--checkpoint", tmp_path / "mine.pth", "--target", 2)
-    result = explain(*options, "--size", "model")
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    folder = tmp_path / "results" / "torchvision_vit_b_32" / "coffee-class_2"
-    maps = np.load(folder / "maps.npz")["block_maps"]
-    assert maps.shape == (12, 7, 7) and (maps > 0).any()

@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from scripts import ROOT, call, no_leftovers, offline_environment, one_line_error, run
+from scripts import ROOT, call, no_leftovers, one_line_error, run
 from tiny_banks import BACKBONE, rows, write_bank
 from tiny_checkpoints import by_facebook
 from tiny_models import build as build_random
@@ -32,11 +32,6 @@ SCRIPT = ROOT / "DINO_DAAM_Visualization_oneSample.py"
 EMBEDDED = "vit_small_patch14_selfsupervised"
 BANK = ROOT / "memorybank" / "embedded"
 LIME = (50, 205, 50)
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    return offline_environment(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
