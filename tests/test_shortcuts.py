@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from derivations import assert_same_maps
@@ -14,6 +15,7 @@ from support_table import ALL_ROWS, DECOMPOSED, Row
 from tiny_models import TINY, random_images, tiny_vit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import flop_counter
 
 from daam_core import AttentionFlow, attention_flow
 from daam_vit import attention, shortcuts
@@ -186,6 +188,26 @@ def test_functions_that_are_known_to_treat_tokens_one_by_one(call, kind):
     with Record():
         call(x)
     assert kinds[-1] == kind
+
+
+def operations(call, monkeypatch):
+    """Count the floating point operations of matrix products, convolutions and attention."""
+    tracker = mock.MagicMock(parents={"Global"})  # the one of torch fails at a gradient with respect to inner tensors
+    monkeypatch.setattr(flop_counter, "ModuleTracker", lambda: tracker)
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_operations_of_a_flow_in_forwards(monkeypatch):
+    model, images = timm.create_model("deit_small_patch16_224").eval(), random_images(1, 3, 224, 224)
+    with torch.no_grad():
+        forward = operations(lambda: model(images), monkeypatch)
+    costs = [
+        operations(lambda: attention_flow(model, images, **options), monkeypatch) / forward  # noqa: B023
+        for options in ({}, {"shortcuts": False})
+    ]
+    assert costs == pytest.approx([1.86, 2.07], abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
