@@ -198,7 +198,7 @@ def test_commands_that_fetch_weights(line, outcomes):
 
 
 def test_evaluation(outcomes, place):
-    """Of one photo; the packages that it installs are those of the tests."""
+    """Run it on one photo; the packages that it installs are those of the tests."""
     install, line = CODE["evaluation"].splitlines()
     done = outcomes[line]
     assert install == 'pip install -e ".[evaluation]"' and done.code == 0, done.stderr
