@@ -14,6 +14,7 @@ def raw(tensor):
     return None if tensor is None else tensor.detach().numpy().tobytes()
 
 
+saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)  # older torch has none
 FLAGS = ("training", "grad_checkpointing", "fused_attn")
 
 
@@ -34,6 +35,6 @@ def state_of(model):
         "random numbers": raw(torch.get_rng_state()),
         "function modes": list(_get_current_function_mode_stack()),
         "dispatch modes": list(_get_current_dispatch_mode_stack()),
-        "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "saved tensor hooks": saved_tensor_hooks(True),
         "functions": (F.scaled_dot_product_attention, torch.nn.Module.__call__),
     }
