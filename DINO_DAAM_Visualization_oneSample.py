@@ -31,11 +31,11 @@ from command_line.options import (
     flow_options,
     load_named,
     precision,
-    run,
     warn_fallback,
 )
 from command_line.photos import Photo, Photos
 from command_line.results import evolution, file_name, lens_outputs, manifest, save_result, short
+from command_line.terminal import run
 from daam_core import AttentionFlow, attention_flow
 from memorybank import EMBEDDED_BANK, MemoryBank
 from models import LoadedModel, WeightsUnavailable, embedded_names, load, weights_sha256

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from command_line.options import find_device, find_targets, flow_options, load_named, precision, run, warn_fallback
+from command_line.options import find_device, find_targets, flow_options, load_named, precision, warn_fallback
 from command_line.photos import Photo, Photos
 from command_line.results import evolution, lens_outputs, manifest, save_result
+from command_line.terminal import run
 from daam_core import AttentionFlow, attention_flow
 from models import LoadedModel, WeightsUnavailable, load
 from models.images import read_image

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from command_line.terminal import complain
 from daam_core import VARIANTS
+from daam_vit.text import printable
 from memorybank import MIN_TEMPERATURE
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
 from models.weights import first_line
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message, 500)} (--help shows the options)\n")
 
 
 def flow_options(
@@ -181,7 +182,7 @@ def load_named(options: argparse.Namespace, default: str) -> LoadedModel:
 def warn_fallback(error: WeightsUnavailable, fallback: str) -> None:
     """Print one line that says why a default is not available and what replaces it."""
     reason = str(error).removeprefix("model: ").split(";")[0]
-    print(f"{reason}; using the embedded {fallback} instead", file=sys.stderr)
+    complain(f"{reason}; using the embedded {fallback} instead")
 
 
 def find_targets(
@@ -214,12 +215,3 @@ def find_targets(
             raise ValueError(f"target: {words[indices.index(index)]!r} and {word!r} are the same class; name it once")
         indices.append(index)
     return indices
-
-
-def run(main: Callable[[], int]) -> None:
-    """Call `main` and exit with the code that it returns, or with 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-from command_line.options import run
+from command_line.terminal import run
 from evaluation.command import main
 
 if __name__ == "__main__":

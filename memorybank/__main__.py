@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from command_line.options import Parser, find_device, number, run
+from command_line.options import Parser, find_device, number
+from command_line.terminal import run
 from memorybank import MIN_TEMPERATURE, MemoryBank, read_pair
 from memorybank.build import DTYPES, WORKERS, build
 from models import architecture_of, load

@@ -1,0 +1,90 @@
+"""Talk to the terminal: names are escaped, output that nobody reads stops nobody, and a kill cleans up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
+
+from daam_vit.text import printable
+
+
+def say(*lines: str) -> None:
+    """Print lines on stdout, beside a progress bar; control characters are escaped."""
+    tqdm.write("\n".join(map(printable, lines)), file=sys.stdout)
+
+
+def complain(message: object) -> None:
+    """Print one line on stderr, beside a progress bar; control characters are escaped."""
+    tqdm.write(printable(str(message)), file=sys.stderr)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Call `main` and exit with the code that it returns, or with 128 and the number of the signal that ended it."""
+    _open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding of the terminal
+    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    if sys.stdout.error is not None:
+        complain(f"error: stdout: cannot be written: {sys.stdout.error}; the results are complete")
+        code = code or 2
+    sys.exit(code)
+
+
+class _Stream:
+    """A text stream whose output is dropped once it cannot be written, because the reader left or the disk is full."""
+
+    error: OSError | None = None
+    """The first error, unless the reader just left."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, method: Callable, *arguments: str) -> int | None:
+        try:
+            return method(*arguments)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = self.error or error
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _open_closed_streams() -> None:
+    """Open the streams that the caller has closed, so that no other file gets their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(stream.fileno(), number)
+
+
+def _leave(number: int, frame: object) -> None:
+    """End the process as an exception does, so that temporary files are deleted; a second signal ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)

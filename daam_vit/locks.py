@@ -1,0 +1,41 @@
+"""Hold a folder for one process, on every operating system; the lock ends with the process, however it ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
+    """Hold a folder, by a lock on its file `.lock`, which stays there; `.holder` says who holds it.
+
+    Args:
+        folder: an existing folder.
+        argument: the argument that names it, for the error.
+        what: what is done in it, for the error, such as "another build".
+
+    Raises:
+        ValueError: if another process, or another thread, holds it; the error says which.
+    """
+    lock, holder = FileLock(folder / ".lock", thread_local=False), folder / ".holder"
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise ValueError(
+            f"{argument}: {what} is running in {folder}, by {who}; wait for it, or pass another folder"
+        ) from None
+    with held:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
