@@ -22,7 +22,8 @@ def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
         what: what is done in it, for the error, such as "another build".
 
     Raises:
-        ValueError: if another process, or another thread, holds it; the error says which.
+        ValueError: if another process, or another thread, holds it (the error says which), or if the file system of
+            the folder has no locks.
     """
     lock, holder = FileLock(folder / ".lock", thread_local=False), folder / ".holder"
     try:
@@ -32,6 +33,8 @@ def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
         raise ValueError(
             f"{argument}: {what} is running in {folder}, by {who}; wait for it, or pass another folder"
         ) from None
+    except NotImplementedError:
+        raise ValueError(f"{argument}: {folder} is on a file system without locks; pass another folder") from None
     with held:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
