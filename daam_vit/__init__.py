@@ -1,5 +1,6 @@
 """The machinery behind `daam_core`. A module imports only modules above it, and never `daam_core`.
 
+text         names of files and classes, made safe to show
 state        hooks and flags that are set on a model and restored
 libraries    differences between timm, torchvision and transformers
 plan         which attention layers are decomposed, and where their keys lie in the picture
@@ -9,7 +10,10 @@ checks       checks of inputs and runs
 families     one function per model family, and the tables of families
 unknown      models of no known family
 lens         the logit lens
+pixels       any picture to RGB
+fonts        fonts that have the characters of a text
 drawing      maps to pictures
 plots        the evolution of a decision
+locks        one process at a time in a folder
 files        atomic writes, GIFs, the folder of a flow
 """
