@@ -63,7 +63,7 @@ def test_float_and_32_bit_images_are_stretched(tmp_path):
         ("text.jpg", lambda p: p.write_text("hello"), "is not an image that Pillow can read"),
         ("zero.jpg", lambda p: p.write_bytes(b""), "is empty"),
         ("one.png", lambda p: Image.new("RGB", (1, 1)).save(p), "has 1 x 1 pixels; the minimum is 8 x 8"),
-        ("folder.png", lambda p: p.mkdir(), "cannot be read"),
+        ("folder.png", lambda p: p.mkdir(), "is a folder, not an image file"),
     ],
 )
 def test_bad_images(tmp_path, name, write, message):
