@@ -23,6 +23,7 @@ from pathlib import Path
 import timm
 from torch import Tensor
 
+from command_line.names import drawn_name, file_name, short
 from command_line.neighbours import NeighbourSearch, describe_neighbours, draw_neighbours
 from command_line.options import (
     bank_options,
@@ -30,11 +31,12 @@ from command_line.options import (
     find_targets,
     flow_options,
     load_named,
+    parse,
     precision,
     warn_fallback,
 )
 from command_line.photos import Photo, Photos
-from command_line.results import evolution, file_name, lens_outputs, manifest, save_result, short
+from command_line.results import evolution, lens_outputs, manifest, save_result
 from command_line.terminal import run
 from daam_core import AttentionFlow, attention_flow
 from memorybank import EMBEDDED_BANK, MemoryBank
@@ -78,7 +80,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR
     )
     bank_options(parser, BANK)
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,7 +191,7 @@ def save(
     neighbours = describe_neighbours(bank, search.searched, i)
     if search.by_name:
         neighbours = [n for n in neighbours if n["index"] in explained]
-    counts = [(sum(n["index"] == k for n in neighbours), short(bank.class_name(k))) for k in explained]
+    counts = [(sum(n["index"] == k for n in neighbours), drawn_name(short(bank.class_name(k)), k)) for k in explained]
     headline = f"{counts[0][0]} of the {search.searched.labels.shape[1]} nearest neighbours are {counts[0][1]}"
     headline += "".join(f", {n} {name}" for n, name in counts[1:])
     by_block = None if votes_by_block is None else votes_by_block[i] / votes_by_block[i].sum(1, keepdim=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from command_line.options import find_device, find_targets, flow_options, load_named, precision, warn_fallback
+from command_line.options import find_device, find_targets, flow_options, load_named, parse, precision, warn_fallback
 from command_line.photos import Photo, Photos
 from command_line.results import evolution, lens_outputs, manifest, save_result
 from command_line.terminal import run
@@ -51,9 +51,10 @@ DEFAULT, FALLBACK = "deit_small_patch16_224", "vit_small_patch14_caltech101"
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options; the constants above are their defaults."""
-    return flow_options(
+    parser = flow_options(
         __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR
-    ).parse_args(arguments)
+    )
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,10 +1,11 @@
-"""Options of the scripts with their defaults, and what they name: the device, the model, the classes."""
+"""Options of the scripts with their defaults, and what they name: the device, the model, the classes, the folder."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from daam_core import VARIANTS
 from daam_vit.text import printable
 from memorybank import MIN_TEMPERATURE
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
+from models.classes import MAX_DIGITS, MAX_SHOWN, classes_called, is_whole_name
 from models.weights import first_line
 
 MAX_CLASSES = 10
@@ -38,29 +40,31 @@ class Parser(argparse.ArgumentParser):
 def flow_options(
     description: str,
     *,
-    image: str | Path,
+    image: str | Path | list[str | Path],
     model: str,
     checkpoint: str | Path | None,
     target: int | str | list[int | str] | None,
     output_dir: str | Path,
 ) -> Parser:
-    """Return a parser with the options of every script that explains photos.
+    """Return a parser with the options of every script that explains photos; `parse` uses it.
 
     The arguments are the constants that people edit in a script. All other defaults are set here.
     """
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     # fmt: off
-    add("--image", nargs="+", metavar="PATH", default=[image],
-        help=f"image files, or folders of images (default: {Path(image).name})")
+    add("--image", nargs="+", metavar="PATH", default=image,
+        help=f"image files, or folders of images (default: {_in_help(image)})")
     add("--model", metavar="NAME",
-        help=f"timm name, hf:NAME, torchvision:NAME or embedded model (default: {model})")
+        help=f"timm name, hf:NAME, torchvision:NAME or embedded model (default: {_in_help(model)})")
     add("--checkpoint", metavar="FILE", default=checkpoint,
-        help=f"local weights, .safetensors or .pth (default: {checkpoint or 'the weights of the model'})")
+        help=f"local weights, .safetensors or .pth (default: {_in_help(checkpoint or 'the weights of the model')})")
     add("--target", nargs="+", metavar="CLASS", default=target,
-        help="class to explain, by index or name; several are drawn side by side; top3 explains the three "
-        f"most probable classes of every photo (default: {'the predicted class' if target is None else target})")
-    add("--output-dir", metavar="DIR", default=output_dir, help="folder of the results (default: %(default)s)")
+        help="class to explain, by index or name; several are drawn side by side; top3 explains the three most "
+        "probable classes of every photo "
+        f"(default: {_in_help('the predicted class' if target is None else target)})")
+    add("--output-dir", metavar="DIR", default=output_dir,
+        help=f"folder of the results (default: {_in_help(output_dir)})")
     add("--device", default="auto",
         help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--dtype", type=one_of("float32", "bfloat16", "float16"), metavar="{float32,bfloat16,float16}",
@@ -96,13 +100,47 @@ def bank_options(parser: Parser, bank: str | Path | None) -> None:
     # fmt: off
     add("--bank", metavar="DIR", default=bank,
         help="memory bank; if no model is named, the bank decides which one is loaded "
-        f"(default: {bank or 'the bank of the model'})")
+        f"(default: {_in_help(bank or 'the bank of the model')})")
     add("--k", type=count, metavar="N", default=20, help="number of neighbours that vote (default: %(default)s)")
     add("--temperature", type=number(float, MIN_TEMPERATURE, 100), metavar="T", default=0.07,
         help="temperature of the votes (default: %(default)s)")
     add("--target-k", type=count, metavar="N", default=200,
         help="number of neighbours that are searched for a class named by --target (default: %(default)s)")
     # fmt: on
+
+
+def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options; a constant of the script that none of them replaces may have any type, and is checked.
+
+    In the result, `image` is a list of paths, and `target` a list of names and indices, or None.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        if not (images := _listed(options.image)):
+            raise ValueError("image: there is none; pass a file or a folder")
+        options.image = [_path("image", image) for image in images]
+        options.output_dir = _path("output-dir", options.output_dir)
+        for name in {"checkpoint", "bank"} & vars(options).keys():
+            value = getattr(options, name)
+            setattr(options, name, None if value is None else _path(name, value))
+        options.target = target_words(options.target)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _path(argument: str, value: object) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{argument}: expected a path, got {printable(repr(value), 80)}")
+    if not str(value).strip() or "\0" in str(value):
+        raise ValueError(f"{argument}: '{printable(str(value), 80)}' is no path; pass the name of a file or a folder")
+    return Path(value)
+
+
+def _in_help(value: object) -> str:
+    """Return a default as the help shows it, where "%" begins a placeholder."""
+    shown = value.name if isinstance(value, Path) else str(value)
+    return printable(shown, 80).replace("%", "%%")
 
 
 def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str], float]:
@@ -114,7 +152,9 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low:g} to {high:g} {unit}".rstrip() + f", got {text}")
+            raise argparse.ArgumentTypeError(
+                f"expected {low:g} to {high:g} {unit}".rstrip() + f", got {printable(text, 80)}"
+            )
         return value
 
     return parse
@@ -125,7 +165,8 @@ def one_of(*words: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in words:
-            raise argparse.ArgumentTypeError(f"expected {', '.join(words[:-1])} or {words[-1]}, got {text!r}")
+            expected = f"{', '.join(words[:-1])} or {words[-1]}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{printable(text, 80)}'")
         return text
 
     return parse
@@ -135,9 +176,9 @@ def frame_size(text: str) -> str | int:
     """Parse the value of --size."""
     if text in ("image", "model"):
         return text
-    if text.isdigit() and 32 <= int(text) <= 8192:
+    if re.fullmatch("[0-9]{2,4}", text) and 32 <= int(text) <= 8192:
         return int(text)
-    raise argparse.ArgumentTypeError(f"expected image, model, or 32 to 8192 pixels, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected image, model, or 32 to 8192 pixels, got '{printable(text, 80)}'")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,8 +200,9 @@ def find_device(name: str) -> torch.device:
         probe = torch.zeros(1, device=name)
         probe.item()  # the device "meta" has no values
         return probe.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}; pass another one") from None
+    except Exception as error:  # every backend of torch has its own
+        reason = f"'{printable(name, 40)}' cannot be used: {printable(first_line(error), 200)}"
+        raise ValueError(f"device: {reason}; pass another one") from None
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
@@ -174,6 +216,8 @@ def load_named(options: argparse.Namespace, default: str) -> LoadedModel:
     Without --model, a checkpoint that names its architecture decides; otherwise it is the default.
     """
     name = options.model
+    if not isinstance(default, str | None):
+        raise ValueError(f"model: expected a name, got {printable(repr(default), 80)}")
     if name is None and not (options.checkpoint is not None and architecture_of(options.checkpoint)):
         name = default
     return load(name, options.checkpoint, find_device(options.device))
@@ -185,33 +229,88 @@ def warn_fallback(error: WeightsUnavailable, fallback: str) -> None:
     complain(f"{reason}; using the embedded {fallback} instead")
 
 
-def find_targets(
-    target: int | str | list[int | str] | None, class_names: list[str] | None, num_classes: int
-) -> list[int] | int:
+def target_words(target: object) -> list[int | str] | None:
+    """Return what TARGET or --target names as a list of names and indices, or None for the predicted class.
+
+    Raises:
+        ValueError: if it is of another type.
+    """
+    if hasattr(target, "tolist"):  # of numpy or torch
+        target = target.tolist()
+    if target is None:
+        return None
+    words = [word.tolist() if hasattr(word, "tolist") else word for word in _listed(target)]
+    for word in words:
+        if isinstance(word, bool) or not isinstance(word, (int, str)):
+            raise ValueError(f"target: expected names or indices of classes, got {printable(repr(word), MAX_SHOWN)}")
+    return words
+
+
+def find_targets(target: object, class_names: list[str] | None, num_classes: int) -> list[int] | int:
     """Return the classes that TARGET or --target names.
+
+    Args:
+        target: a name, an index, several of them, "topN", or None; an integer is always an index, and a text is a
+            name if a class is called so.
+        class_names: one name per class; None if they are unknown.
+        num_classes: number of classes.
 
     Returns:
         The indices of the classes, or N for the N most probable classes of every photo ("topN"; 1 for None).
 
     Raises:
-        ValueError: if a class is not found or named twice, or there are too many.
+        ValueError: if a class is not found or named twice, if there are too many, or a text has two readings.
     """
-    if target is None:
+    words = target_words(target)
+    if words is None:
         return 1
-    words = [str(word) for word in (target if isinstance(target, (list, tuple)) else [target])]
     most = min(MAX_CLASSES, num_classes)
     if not 1 <= len(words) <= most:
         raise ValueError(f"target: expected 1 to {most} classes, got {len(words)}")
     indices = []
     for word in words:
-        if top := re.fullmatch(r"top *(\d+)", word.strip().lower()):
+        if (top := _top(word, class_names)) is not None:
             if len(words) > 1:
-                raise ValueError(f"target: {word!r} cannot be combined with other classes; pass it alone")
-            if not 1 <= int(top[1]) <= most:
-                raise ValueError(f"target: expected top1 to top{most}, got {word}")
-            return int(top[1])
+                raise ValueError(f"target: '{word}' cannot be combined with other classes; pass it alone")
+            if not 1 <= top <= most:
+                raise ValueError(f"target: expected top1 to top{most}, got {printable(word, MAX_SHOWN)}")
+            return top
         index = find_class(word, class_names, num_classes)
         if index in indices:
-            raise ValueError(f"target: {words[indices.index(index)]!r} and {word!r} are the same class; name it once")
+            both = (printable(str(words[i]), MAX_SHOWN) for i in (indices.index(index), len(indices)))
+            raise ValueError("target: '{}' and '{}' are the same class; name it once".format(*both))
         indices.append(index)
     return indices
+
+
+def _top(word: int | str, class_names: list[str] | None) -> int | None:
+    """Return the N of "topN", or None for the name or the index of a class."""
+    top = isinstance(word, str) and re.fullmatch("top *([0-9]+)", word.strip().lower())
+    if not top or is_whole_name(word, class_names):
+        return None
+    if alike := classes_called(word, class_names):
+        name = printable(class_names[alike[0]], MAX_SHOWN)
+        raise ValueError(
+            f"target: '{word}' is a number of classes and a name of class {alike[0]}; pass '{name}' for it"
+        )
+    return int(top[1]) if len(top[1]) <= MAX_DIGITS else 10**MAX_DIGITS
+
+
+def _listed(value: object) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise a ValueError unless files can be written to a folder, or to the one in which it would be made."""
+    try:
+        for existing in (folder.absolute(), *folder.absolute().parents):
+            try:
+                os.lstat(existing)
+                break
+            except FileNotFoundError:
+                continue
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(1 << 16))  # does not fit on a full disk
+    except OSError as error:
+        reason = f"{printable(str(folder), 200)}: {error.strerror}"
+        raise ValueError(f"output-dir: cannot write to {reason}; pass another folder") from None

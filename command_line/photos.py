@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line.results import file_name, result_names
+from command_line.names import file_name, result_names, shorten
+from command_line.options import check_output_dir
+from command_line.terminal import complain
 from daam_core import UnsupportedModel
+from daam_vit.text import printable
 from models import LoadedModel
 from models.images import find_images, read_image
+from models.weights import first_line
 
 OUT_OF_MEMORY = "out of memory|ALLOC_FAILED|allocate memory|not enough memory|Insufficient memory"
 """Messages of CUDA and MPS, cuBLAS, the CPU, Windows and OpenCV."""
+FROM_DATA = (ValueError, OverflowError, cv2.error)
+"""Errors of drawing that a photo causes, such as one with more pixels in a row than OpenCV can count."""
+MAX_ERROR = 600
+"""Largest number of characters of an error."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +70,22 @@ class Photos:
     """
 
     def __init__(self, options: argparse.Namespace):
-        """Find the files; report paths that do not exist and folders without images."""
+        """Find the files; report paths that do not exist, folders without images, and if nothing can be written."""
         self.options = options
         self.errors = 0
         files: list[Path] = []
-        for path in options.image:
+        try:
+            check_output_dir(options.output_dir)
+            images = options.image
+        except ValueError as error:
+            self.report(error)
+            images = []
+        for path in images:
             try:
                 files += find_images(path)
             except (ValueError, OSError) as error:
                 self.report(error)
-        self.files = list(dict.fromkeys(files))
+        self.files = _without_repetitions(files)
         self._names = dict(zip(self.files, result_names(self.files)))
         self._queue = [self.files[i : i + options.batch] for i in range(0, len(self.files), options.batch)]
         self._bar = tqdm(disable=True)
@@ -86,7 +100,9 @@ class Photos:
     def report(self, error: Exception, file: Path | None = None) -> None:
         """Print an error as one line that names the file, and count it."""
         self.errors += 1
-        tqdm.write(f"error: {error}" + (f" ({file})" if file and str(file) not in str(error) else ""), file=sys.stderr)
+        text = first_line(error) if isinstance(error, cv2.error) else str(error) or type(error).__name__
+        where = f" ({printable(str(file), 300)})" if file and str(file) not in text else ""
+        complain(f"error: {printable(text, MAX_ERROR)}{where}")
 
     def batches(self, loaded: LoadedModel) -> Iterator[Batch]:
         """Read the photos and yield them batch by batch, with a progress bar; report files that cannot be read."""
@@ -107,7 +123,7 @@ class Photos:
             self._batch_size = len(images)
         if not images:
             return None
-        place = Path(self.options.output_dir, file_name(loaded.name))
+        place = Path(self.options.output_dir, shorten(file_name(loaded.name)))
         photos = [Photo(file, i, place / self._names[file]) for i, file in enumerate(images)]
         return Batch(photos, torch.stack([*images.values()]).to(self._device))
 
@@ -119,8 +135,11 @@ class Photos:
         except (ValueError, OSError) as error:
             self.report(error)
         except Exception as error:
-            if not is_out_of_memory(error) or self._device is None:
+            if not is_out_of_memory(error):
                 raise
+            if self._device is None:
+                self.report(ValueError("model: it needs more memory than there is; try a smaller one, or --device cpu"))
+                return
             photos = f"{self._batch_size} photos at once need" if self._batch_size > 1 else "one photo needs"
             advice = "try a smaller --batch, --memory low or --dtype bfloat16"
             self.report(ValueError(f"batch: {photos} more memory than {self._device} has; {advice}"))
@@ -146,15 +165,26 @@ class Photos:
         """Report an error of drawing or writing the results of a photo."""
         try:
             yield
-        except (ValueError, OSError) as error:
-            self.report(error, photo.file)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                error = ValueError("size: its frames need more memory than there is; try --size 1024")
+            elif isinstance(error, OSError):
+                error = ValueError(f"output-dir: the results cannot be written: {error}")
+            elif not isinstance(error, FROM_DATA):
                 raise
-            self.report(ValueError("size: its frames need more memory than there is; try --size 1024"), photo.file)
+            self.report(error, photo.file)
         self._bar.update()
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error of Python, torch or OpenCV says that memory ran out."""
     return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
+
+
+def _without_repetitions(files: list[Path]) -> list[Path]:
+    """Return every file once, however its path is spelled; a link is another file than what it leads to."""
+    folders = {folder: folder.resolve() for folder in dict.fromkeys(file.parent for file in files)}
+    different: dict[Path, Path] = {}
+    for file in files:
+        different.setdefault(folders[file.parent] / file.name, file)
+    return list(different.values())

@@ -1,22 +1,20 @@
-"""Results of a photo: the name of their folder, the manifest, the evolution of the decision, the files."""
+"""Results of a photo: the manifest, the evolution of the decision, the files."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, count, cycle
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from command_line.names import class_labels, drawn_name, own_folder, result_folder, short
+from command_line.terminal import say
 from daam_core import AttentionFlow, UnsupportedModel, evolution_picture, logit_lens, overlay, render, save_flow
 from models import LoadedModel, sha256
 from models.images import resize_longest_side
@@ -24,52 +22,8 @@ from models.versions import versions
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "cv2", "PIL")
 """Packages whose versions a manifest lists."""
-MAX_NAME_LENGTH = 80
-"""Largest number of characters of the classes in the name of a folder."""
 LARGE = 4_000_000
 """Pixels above which drawing the frames is slow."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Names
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def file_name(text: str) -> str:
-    """Return a name that every file system accepts."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._") or "_"
-
-
-def result_names(files: list[Path]) -> list[str]:
-    """Return a unique name for the results of every file: its stem, or more of its path if that is taken."""
-    names: dict[str, Path] = {}
-    for file in files:
-        stem, full = file_name(file.stem), file_name(file.name)
-        folder = file_name(f"{file.absolute().parent.name}_{file.name}")
-        candidates = chain([stem, full, folder], (f"{folder}_{n}" for n in count(2)))
-        names[next(name for name in candidates if name not in names)] = file
-    return list(names)
-
-
-def class_labels(classes: list[dict], class_names: list[str] | None) -> list[str]:
-    """Return the name up to its first comma for each class, with the index if another class has the same name."""
-    alike = Counter(file_name(short(name)) for name in class_names or ())
-    labels = [(short(c["name"]), c["index"]) for c in classes]
-    return [f"{label} {index}" if alike[file_name(label)] > 1 else label for label, index in labels]
-
-
-def result_folder(folder: Path, labels: list[str], flow: AttentionFlow) -> Path:
-    """Return the folder with the explained classes, and with the settings that are not the paper's, in its name."""
-    suffix = "-".join(map(file_name, labels))
-    if len(labels) > 1 and len(suffix) > MAX_NAME_LENGTH:
-        suffix = f"{suffix[:MAX_NAME_LENGTH]}-{hashlib.sha256(suffix.encode()).hexdigest()[:8]}"
-    suffix += "-patches" * (flow.rows == "patches") + f"-{flow.variant}" * (flow.variant != "paper")
-    return folder.with_name(f"{folder.name}-{suffix}")
-
-
-def short(name: str) -> str:
-    """Return the first of several synonyms."""
-    return name.split(", ")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +87,7 @@ def lens_outputs(model: nn.Module, images: Tensor, flow: AttentionFlow, head: bo
     try:
         return logit_lens(model, images, flow.rows, head, flow.output)
     except UnsupportedModel as error:
-        tqdm.write(f"  no evolution.png: {str(error).removeprefix('model: ')}")
+        say(f"  no evolution.png: {str(error).removeprefix('model: ')}")
         return None
 
 
@@ -185,20 +139,24 @@ def evolution(
 
 
 def draw_evolution(photo: Image.Image, accumulated: Tensor, evolution: dict, names: list[str]) -> Image.Image:
-    """Draw what `evolution` returned, with these names of the explained classes."""
+    """Draw what `evolution` returned, with these names of the explained classes, from `drawn_name`."""
     blocks, runner_up = evolution["blocks"], evolution["runner_up"]
     quantity = next(name for name in QUANTITIES if name in blocks[0])
     small = resize_longest_side(photo, 320)
     panels = accumulated.reshape(len(names), len(blocks), *accumulated.shape[-2:])
-    labels = [*names, *([short(runner_up["name"])] if runner_up else [])]
+    labels = [*names, *([_drawn(runner_up)] if runner_up else [])]
     named = dict(zip(blocks[0][quantity], labels))
     return evolution_picture(
         [overlay(small, render(a)) for a in panels],
         [(name, [block[quantity][k] for block in blocks]) for k, name in named.items()],
         [[block["share"][k] for block in blocks] for k in blocks[0]["share"]],
-        [named.get(str(block["leader"]["index"]), short(block["leader"]["name"])) for block in blocks],
+        [named.get(str(block["leader"]["index"]), _drawn(block["leader"])) for block in blocks],
         evolution["leads_from"], QUANTITIES[quantity][0], evolution["reading"],
     )  # fmt: skip
+
+
+def _drawn(class_: dict) -> str:
+    return drawn_name(short(class_["name"]), class_["index"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,6 +178,8 @@ def save_result(
 ) -> None:
     """Print the classes of a photo and write its flow to `folder`-<class>, or `folder`-<class>-<class>-...
 
+    A class whose name no font can draw is "class INDEX" in the pictures.
+
     Args:
         folder: path of the results without the classes.
         index: position of the photo in the flow.
@@ -234,29 +194,29 @@ def save_result(
     """
     top5, explained = metadata["top5"], metadata.get("targets") or [metadata["target"]]
     labels = class_labels(explained, class_names)
-    folder = result_folder(folder, labels, flow)
-    tqdm.write(metadata["image"]["file"])
-    tqdm.write("\n".join(f"  {confidence(c)}  {c['index']:>4}  {c['name']}" for c in top5))
+    names = [drawn_name(label, c["index"]) for label, c in zip(labels, explained)]
+    say(metadata["image"]["file"], *(f"  {confidence(c)}  {c['index']:>4}  {c['name']}" for c in top5))
 
     sure = [confidence(c).split(",")[0].strip() for c in explained]
-    lines = [f"{label}: {text}" for label, text in zip(labels, sure)]
+    lines = [f"{name}: {text}" for name, text in zip(names, sure)]
     lines += [loaded.name, flow.decomposed + f", variant {flow.variant}" * (flow.variant != "paper")]
     if top5[0]["index"] not in [c["index"] for c in explained]:
-        lines.append(f"predicted: {short(top5[0]['name'])} {confidence(top5[0]).split(',')[0].strip()}")
+        lines.append(f"predicted: {_drawn(top5[0])} {confidence(top5[0]).split(',')[0].strip()}")
     caption = "\n".join(textwrap.fill(line, 34) for line in lines)
 
     pictures = dict(pictures or {})
     if metadata["evolution"]:
         accumulated = flow.accumulated[index]
-        pictures["evolution.png"] = partial(draw_evolution, photo, accumulated, metadata["evolution"], labels)
+        pictures["evolution.png"] = partial(draw_evolution, photo, accumulated, metadata["evolution"], names)
     frame = resize_to_frame(photo, options.size, loaded.size)
-    if len(labels) * frame.width * frame.height > LARGE:
-        panels = f"{len(labels)} x " * (len(labels) > 1) + f"{frame.width} x {frame.height}"
-        tqdm.write(f"  drawing frames of {panels} pixels is slow; --size 1024 is faster")
-    titles = labels if len(labels) > 1 else None
-    save_flow(folder, frame, flow, index, caption, metadata, options.duration, pictures, titles)
+    if len(names) * frame.width * frame.height > LARGE:
+        panels = f"{len(names)} x " * (len(names) > 1) + f"{frame.width} x {frame.height}"
+        say(f"  drawing frames of {panels} pixels is slow; --size 1024 is faster")
+    titles = names if len(names) > 1 else None
+    with own_folder(result_folder(folder, labels, flow), metadata) as own:
+        save_flow(own, frame, flow, index, caption, metadata, options.duration, pictures, titles)
     shown = ", ".join(f"{c['index']} {label}" for c, label in zip(explained, labels))
-    tqdm.write(f"  explained: {shown} ({flow.decomposed}) -> {folder / 'flow.gif'}")
+    say(f"  explained: {shown} ({flow.decomposed}) -> {own / 'flow.gif'}")
 
 
 def resize_to_frame(photo: Image.Image, size: str | int, input_size: tuple[int, int]) -> Image.Image:
