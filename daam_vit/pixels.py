@@ -21,6 +21,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: if no pixel has data.
     """
+    image.load()  # the mode of some files is not known before
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 65535 is always white
         return _grey(_sixteen_bits(image) / 257)
     if image.mode in ("I", "F"):
@@ -30,7 +31,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
     if image.mode in ("La", "RGBa"):  # premultiplied; Pillow converts these to their plain mode only
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if image.has_transparency_data:
+    if image.mode == "P" or image.has_transparency_data:  # an icon may have no palette before it is converted
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

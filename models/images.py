@@ -23,8 +23,8 @@ FORMATS = (
     "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "ICO", "ICNS", "PSD", "DDS",
     "SGI", "QOI", "PCD", "PCX", "SUN", "XBM", "XPM", "TGA",
 )  # fmt: skip
-"""Raster formats, by Pillow's names; TGA has no signature and comes last. Others run programs (EPS), hold scientific data
-or videos, or cannot be read without a plugin."""
+"""Raster formats, by names of Pillow; TGA has no signature and comes last. Others run programs (EPS), hold scientific
+data or videos, or cannot be read without a plugin."""
 HEIF_EXTENSIONS = {".heic", ".heif", ".hif"}
 """Extensions of the photos of phones and cameras that need the package pillow-heif."""
 
@@ -52,17 +52,22 @@ def find_images(path: str | Path) -> list[Path]:
     """Return `[path]` for a file, or the sorted image files of a folder, without its sub-folders.
 
     Raises:
-        ValueError: if the path does not exist, or the folder has no images or cannot be listed.
+        ValueError: if the path does not exist or cannot be read, or the folder has no images or cannot be listed.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        files = sorted(_scan(path, "image")[0])
-        if not files:
-            raise ValueError(f"image: the folder {printable(str(path), NAME_LIMIT)} has no images")
-        return files
-    if not os.path.lexists(path):
-        raise ValueError(f"image: there is no file {printable(str(path), NAME_LIMIT)}")
-    return [path]
+    name = printable(str(path), NAME_LIMIT)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        raise ValueError(f"image: there is no file {name}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image: {name} {_reason(error, path)}") from None
+    if not is_folder:
+        return [path]
+    files = sorted(_scan(path, "image")[0])
+    if not files:
+        raise ValueError(f"image: the folder {name} has no images")
+    return files
 
 
 def walk_images(folder: str | Path, argument: str = "image", without: Iterable[str | Path] = ()) -> list[Path]:
@@ -101,10 +106,10 @@ def _scan(folder: Path, argument: str) -> tuple[list[Path], list[Path]]:
     """List the image files and the folders in a folder, without hidden ones; special files count as files."""
     try:
         with os.scandir(folder) as entries:
-            visible = sorted((entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != ".")
+            visible = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
-        name = printable(str(error.filename or folder), NAME_LIMIT)
-        raise ValueError(f"{argument}: {name} cannot be listed: {error.strerror}; check its permissions") from None
+        name, reason = printable(str(error.filename or folder), NAME_LIMIT), error.strerror or error
+        raise ValueError(f"{argument}: {name} cannot be listed: {reason}; check its permissions") from None
     files = [folder / name for name, is_folder in visible if not is_folder and looks_like_image(name)]
     return files, [folder / name for name, is_folder in visible if is_folder]
 
@@ -120,7 +125,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def looks_like_image(name: str) -> bool:
     """Return True for the name of a visible file with an extension of a format that `read_image` reads."""
-    return name[0] != "." and os.path.splitext(name)[1].lower() in _extensions()
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
 @cache
@@ -146,8 +151,8 @@ def read_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _open(path) as file:
-                file.load()
-                image = _upright(to_rgb(file), _orientation(file))
+                image = to_rgb(file)
+                image = _upright(image, _orientation(file))  # now, as Pillow has turned a TIFF while it was loaded
         if min(image.size) < MIN_SIDE:
             size = f"{image.width} x {image.height}"
             raise _Refused(f"has {size} pixels; the minimum is {MIN_SIDE} x {MIN_SIDE}")
@@ -169,8 +174,10 @@ def _reason(error: Exception, path: Path) -> str:
         return "does not exist"
     if isinstance(error, UnidentifiedImageError):
         return "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
+    if "MAX_TEXT" in str(error):
+        return f"has more than {PngImagePlugin.MAX_TEXT_MEMORY // 2**20} MB of metadata; save it without"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"cannot be read: {printable(text.removeprefix('image: '), NAME_LIMIT)}"
+    return f"cannot be read: {printable(text.removeprefix('image: ') or type(error).__name__, NAME_LIMIT)}"
 
 
 def _open(path: Path) -> Image.Image:
@@ -184,9 +191,10 @@ def _open(path: Path) -> Image.Image:
             raise
     try:
         from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     except ImportError:
-        raise _Refused("is a HEIC photo, which needs pillow-heif; run `pip install -e '.[heif]'`") from None
-    register_heif_opener()
+        raise _Refused("is HEIC, which needs the package pillow-heif; pip install -e '.[heif]'") from None
     return Image.open(path, formats=["HEIF"])
 
 

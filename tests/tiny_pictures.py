@@ -38,3 +38,9 @@ def read_gif(path):
 
 def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def gradient(width, height):
+    """Return a picture whose colour differs at every edge and corner, so that a turn or flip of it shows."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray(np.stack([40 + 200 * x, 30 + 180 * y, 200 - 150 * x * y], 2).astype(np.uint8))
