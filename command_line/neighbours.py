@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from command_line.results import short
-from daam_vit.drawing import truncate
+from daam_vit.fonts import drawable, write
 from memorybank import MemoryBank, Vote
 from models.images import read_image, resize_longest_side
 
@@ -106,7 +106,6 @@ def draw_neighbours(
         max_count: largest number of neighbours that are drawn.
     """
     side, gap, line, left = 150, 10, 22, 320
-    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     neighbours = neighbours[:max_count]
     rows = -(-len(neighbours) // columns)
     query = resize_longest_side(photo, left, Image.Resampling.LANCZOS)
@@ -114,25 +113,30 @@ def draw_neighbours(
     height = top + max(query.height + gap, rows * (side + line + gap))
     page = Image.new("RGB", (left + columns * (side + gap) + 2 * gap, height), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((gap, gap), headline, "black", font)
+    write(draw, (gap, gap), headline, 17, max_width=page.width - 2 * gap)
     page.paste(query, (gap, top))
     for i, neighbour in enumerate(neighbours):
         x = left + 2 * gap + i % columns * (side + gap)
         y = top + i // columns * (side + line + gap)
-        page.paste(_tile(neighbour, side, small), (x, y))
+        page.paste(_tile(neighbour, side), (x, y))
         colour = "limegreen" if neighbour["index"] in explained else "silver"
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=colour, width=3)
-        draw.text((x, y + side + 3), truncate(short(neighbour["name"]), small, side - 40), "black", small)
-        draw.text((x + side, y + side + 3), f"{neighbour['similarity']:.2f}", "black", small, anchor="ra")
+        write(draw, (x, y + side + 3), _label(neighbour), 14, max_width=side - 40)
+        write(draw, (x + side, y + side + 3), f"{neighbour['similarity']:.2f}", 14, anchor="ra")
     return page
 
 
-def _tile(neighbour: dict, side: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _label(neighbour: dict) -> str:
+    """Return the name of the class, or its index if no font can write it."""
+    name = short(neighbour["name"])
+    return name if drawable(name) else f"class {neighbour['index']}"
+
+
+def _tile(neighbour: dict, side: int) -> Image.Image:
     tile = Image.new("RGB", (side, side), "whitesmoke")
     try:
         picture = resize_longest_side(read_image(neighbour.get("file", "")), side, Image.Resampling.LANCZOS)
         tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     except ValueError:  # the file is unknown, or no longer there
-        text = truncate(short(neighbour["name"]), font, side - 12)
-        ImageDraw.Draw(tile).text((side / 2, side / 2), text, "black", font, anchor="mm")
+        write(ImageDraw.Draw(tile), (side / 2, side / 2), _label(neighbour), 14, anchor="mm", max_width=side - 12)
     return tile

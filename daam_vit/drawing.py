@@ -10,11 +10,21 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-"""What `ImageFont.load_default` returns, with and without FreeType."""
+from daam_vit.arguments import (
+    check_frames,
+    check_image,
+    check_integer,
+    check_maps,
+    check_memory,
+    check_rows,
+    check_size,
+    check_texts,
+    check_type,
+)
+from daam_vit.fonts import write, write_lines
 
 _Result = TypeVar("_Result")
 
@@ -36,21 +46,22 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
         `(L, H, W)` uint8.
 
     Raises:
-        ValueError: if `accumulated` is not `(L, h, w)` or not finite.
+        ValueError: if `accumulated` is not `(L, h, w)`, not finite or beyond 6.8e37, or a side of `size` is below 1.
+        TypeError: if `accumulated` is no tensor or array, or `size` is not two integers.
     """
-    if isinstance(accumulated, Tensor):
-        accumulated = accumulated.detach().cpu().float().numpy()
-    accumulated = np.asarray(accumulated, np.float32)
-    if accumulated.ndim != 3 or accumulated.size == 0:
-        raise ValueError(f"accumulated: expected the maps (L, h, w) of one image, got {accumulated.shape}")
-    if not np.isfinite(accumulated).all():
-        raise ValueError("accumulated: has NaN or infinite values")
+    accumulated = check_maps("accumulated", accumulated, (3,), "the maps (L, h, w) of one image")
+    if np.abs(accumulated).max() > np.finfo(np.float32).max / 5:
+        raise ValueError("accumulated: has values beyond 6.8e37, for which 5 A_b is infinite; scale the maps down")
+    if size is not None:
+        size = check_size("size", size)
+        check_memory("size", len(accumulated), *size)
 
     m = accumulated[-1].max()
     heat = np.zeros(accumulated.shape, np.uint8)
     for a, out in zip(accumulated, heat):
         if m > 0 and a.max() > a.min():
-            x = 1 / (1 + np.exp(-5 * a / m)) - 0.5
+            with np.errstate(over="ignore"):  # exp(x) = inf is right: 1 / (1 + inf) = 0
+                x = 1 / (1 + np.exp(-5 * a / m)) - 0.5
             if x.max() > x.min():
                 x = (x - x.min()) / (x.max() - x.min())
                 out[:] = np.floor(255 * x)
@@ -63,7 +74,7 @@ def overlay(
     """Blend the heat, in the colours of JET, with the picture: clip(0.4 colour + 0.8 image, 0, 255).
 
     Args:
-        image: a PIL image, or `(H, W, 3)` uint8 RGB.
+        image: a PIL image of any mode, or `(H, W, 3)` uint8 RGB.
         heat: `(L, h, w)` uint8 from `render`; resized bilinearly to the size of the image.
         labels: a text for every frame, drawn in its corner (see `block_labels`).
 
@@ -72,14 +83,14 @@ def overlay(
 
     Raises:
         ValueError: if `image` or `heat` has the wrong shape or dtype, or there is not one label per frame.
+        TypeError: if one of them has the wrong type.
     """
-    photo = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-        raise ValueError(f"image: expected a PIL image or an array (H, W, 3) of uint8, got {photo.shape} {photo.dtype}")
+    photo = np.asarray(check_image("image", image))
+    check_type("heat", heat, np.ndarray, "an array (L, H, W) of uint8 as render returns it")
     if heat.ndim != 3 or heat.dtype != np.uint8 or heat.size == 0:
         raise ValueError(f"heat: expected (L, H, W) uint8 as render returns it, got {heat.shape} {heat.dtype}")
-    if labels is not None and len(labels) != len(heat):
-        raise ValueError(f"labels: expected one for each of {len(heat)} frames, got {len(labels)}")
+    if labels is not None:
+        check_texts("labels", labels, len(heat), "frames")
 
     def draw(grey: np.ndarray, label: str) -> Image.Image:
         pixels = np.empty_like(photo)
@@ -92,11 +103,12 @@ def overlay(
             _write_label(frame, label)
         return frame
 
-    return map_in_threads(draw, _resize(heat, photo.shape[:2]), labels or [""] * len(heat))
+    return map_in_threads(draw, _resize(heat, photo.shape[:2]), [""] * len(heat) if labels is None else labels)
 
 
 def block_labels(blocks: int) -> list[str]:
     """Return the labels "1/12", "2/12", ... for `overlay`; they also keep GIF writers from merging equal frames."""
+    blocks = check_integer("blocks", blocks, 1)
     return [f"{b}/{blocks}" for b in range(1, blocks + 1)]
 
 
@@ -111,24 +123,28 @@ def side_by_side(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str] 
         L RGB images, K panels wide.
 
     Raises:
-        ValueError: if the classes have different numbers of frames, or there is not one title per class.
+        ValueError: if the classes have different numbers of frames, or frames of different sizes, or there is not one
+            title per class.
+        TypeError: if a panel or a title has the wrong type.
     """
-    if not panels or len({len(frames) for frames in panels}) > 1:
-        counts = [len(frames) for frames in panels]
+    panels = check_rows("panels", panels, "for each class its frames")
+    counts = [len(frames) for frames in panels]
+    if len(set(counts)) != 1 or not counts[0]:
         raise ValueError(f"panels: expected the same number of frames for every class, got {counts}")
-    if titles is not None and len(titles) != len(panels):
-        raise ValueError(f"titles: expected one for each of {len(panels)} classes, got {len(titles)}")
-    w, h = panels[0][0].size
+    images = check_frames("panels", [frame for frames in panels for frame in frames])
+    if titles is not None:
+        check_texts("titles", titles, len(panels), "classes")
+    w, h = images[0].size
     height = _text_height((w, h))
-    font, gap, top = ImageFont.load_default(height), max(2, height // 3), 0 if titles is None else 3 * height // 2
+    gap, top = max(2, height // 3), 0 if titles is None else 3 * height // 2
+    check_memory("panels", len(panels) * (w + gap), top + h, 4)
     page = Image.new("RGB", (len(panels) * (w + gap) - gap, top + h), "white")
-    for k, title in enumerate(titles or ()):
-        centre = (k * (w + gap) + w / 2, top / 2)
-        ImageDraw.Draw(page).text(centre, truncate(title, font, w), "black", font, anchor="mm")
-    pages = [page.copy() for _ in panels[0]]
-    for k, frames in enumerate(panels):
-        for page, frame in zip(pages, frames):
-            page.paste(frame, (k * (w + gap), top))
+    for k, title in enumerate([] if titles is None else titles):
+        write(ImageDraw.Draw(page), (k * (w + gap) + w / 2, top / 2), title, height, anchor="mm", max_width=w)
+    pages = [page.copy() for _ in range(counts[0])]
+    for i, frame in enumerate(images):
+        k, b = divmod(i, counts[0])
+        pages[b].paste(frame, (k * (w + gap), top))
     return pages
 
 
@@ -138,24 +154,34 @@ def contact_sheet(
     """Arrange all blocks on one page: the picture with its caption on the left, the frames beside it, row by row.
 
     Args:
-        image: the picture.
-        frames: from `overlay` or `side_by_side`; resized by the same factor as the picture.
+        image: the picture, in any mode.
+        frames: from `overlay` or `side_by_side`, of one size; resized by the same factor as the picture.
         caption: a few short lines, written below the picture.
         columns: frames per row.
         side: the longer side of the resized picture in pixels.
 
     Returns:
         One RGB image.
+
+    Raises:
+        ValueError: if there are no frames, their sizes differ, `columns` or `side` is below 1, or the page too large.
+        TypeError: if an argument has the wrong type.
     """
+    image, frames = check_image("image", image), check_frames("frames", frames)
+    check_type("caption", caption, str, "a text")
+    columns, side = check_integer("columns", columns, 1), check_integer("side", side, 1)
+
     scale = side / max(image.size)
     (w, h), (frame_w, frame_h) = ([max(1, round(scale * x)) for x in size] for size in (image.size, frames[0].size))
     gap, left, rows = 8, max(w, side), math.ceil(len(frames) / columns)
     step = frame_w + (gap if frame_w == w else 3 * gap)  # frames with panels stand further apart than their panels
-    lines = 24 * len(caption.splitlines())
-    height = max(rows * (frame_h + gap), h + gap + lines) + gap
-    page = Image.new("RGB", (left + 3 * gap + (min(columns, len(frames)) - 1) * step + frame_w, height), "white")
-    page.paste(image.convert("RGB").resize((w, h), Image.Resampling.LANCZOS), (gap, gap))
-    ImageDraw.Draw(page).multiline_text((gap, h + 2 * gap), caption, "black", ImageFont.load_default(17), spacing=7)
+    lines = caption.splitlines()
+    width = left + 3 * gap + (min(columns, len(frames)) - 1) * step + frame_w
+    height = max(rows * (frame_h + gap), h + gap + 24 * len(lines)) + gap
+    check_memory("side", width, height, 4)
+    page = Image.new("RGB", (width, height), "white")
+    page.paste(image.resize((w, h), Image.Resampling.LANCZOS), (gap, gap))
+    write_lines(ImageDraw.Draw(page), (gap, h + 2 * gap), lines, 17, spacing=7)
     for i, frame in enumerate(frames):
         row, column = divmod(i, columns)
         corner = (left + 2 * gap + column * step, gap + row * (frame_h + gap))
@@ -194,15 +220,7 @@ def _text_height(size: tuple[int, int]) -> int:
     return max(10, min(size) // 14)
 
 
-def truncate(text: str, font: Font, width: float) -> str:
-    """Return the text, or its beginning and "…" if it is wider than `width` pixels."""
-    while text.strip("…") and font.getlength(text) > width:
-        text = text.rstrip("…")[:-1] + "…"
-    return text
-
-
 def _write_label(frame: Image.Image, text: str) -> None:
     height = _text_height(frame.size)
-    font, margin = ImageFont.load_default(height), height // 3
-    draw = ImageDraw.Draw(frame)
-    draw.text((margin, margin), text, "white", font, stroke_width=max(1, height // 10), stroke_fill="black")
+    margin, stroke = height // 3, max(1, height // 10)
+    write(ImageDraw.Draw(frame), (margin, margin), text, height, "white", stroke_width=stroke, stroke_fill="black")

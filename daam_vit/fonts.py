@@ -66,6 +66,16 @@ def write(
     )  # fmt: skip
 
 
+def write_lines(
+    pen: ImageDraw.ImageDraw, xy: tuple[float, float], lines: Iterable[str], size: float, spacing: float
+) -> None:
+    """Write lines below each other, in black, with this many pixels between them; each one has a font of its own."""
+    x, y = xy
+    step = pen.textbbox((0, 0), "A", _sized(_PILLOW, size))[3] + spacing
+    for i, line in enumerate(lines):
+        write(pen, (x, y + i * step), line, size)
+
+
 def fit(text: str, size: float, max_width: float | None = None) -> tuple[str, Font]:
     """Return a text as it can be drawn, and the font to draw it with.
 

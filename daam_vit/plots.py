@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from daam_vit.drawing import truncate
+from daam_vit.arguments import (
+    check_frames,
+    check_integer,
+    check_memory,
+    check_number,
+    check_rows,
+    check_sequence,
+    check_texts,
+    check_type,
+)
+from daam_vit.fonts import width_of, write
 
 
 def evolution_picture(
@@ -41,18 +51,33 @@ def evolution_picture(
         One RGB image, about 1,500 pixels wide; wider for more than 15 blocks.
 
     Raises:
-        ValueError: if the numbers of frames, values, shares and leaders differ, or `leads_from` is not a block.
+        ValueError: if the numbers of frames, values, shares and leaders differ, frames have different sizes, a value is
+            not 0..1, or `leads_from` is not a block.
+        TypeError: if an argument has the wrong type.
     """
-    several, blocks = len(frames), len(frames[0]) if frames else 0
-    counts = [[*map(len, frames)], [len(values) for _, values in curves], [*map(len, shares)], [len(leaders)]]
+    rows, shares = check_rows("frames", frames, "for each class its frames"), check_rows("shares", shares, _VALUES)
+    names, values = _check_curves(curves)
+    check_sequence("leaders", leaders, "a name for each block")
+    several, blocks = len(rows), len(rows[0]) if rows else 0
+    counts = [[*map(len, rows)], [*map(len, values)], [*map(len, shares)], [len(leaders)]]
     if not blocks or {n for count in counts for n in count} != {blocks} or not several == len(shares) <= len(curves):
         raise ValueError(f"frames: expected as many for every class as values, shares and leaders, got {counts}")
-    if leads_from is not None and not 1 <= leads_from <= blocks:
-        raise ValueError(f"leads_from: expected None or a block, 1 to {blocks}, got {leads_from}")
+    images = check_frames("frames", [frame for row in rows for frame in row])
+    frames = [images[k * blocks : (k + 1) * blocks] for k in range(several)]
+    check_texts("leaders", leaders, blocks, "blocks")
+    for share in (share for row in shares for share in row):
+        check_number("shares", share, *_RANGE)
+    if leads_from is not None:
+        check_integer("leads_from", leads_from, 1, blocks)
+    check_type("quantity", quantity, str, "a text")
+    check_type("note", note, str, "a text")
 
+    curves = list(zip(names, values))
     layout = _Layout(frames, curves)
     notes = textwrap.wrap(note, int(layout.width / 7.5))
-    page = _Page(layout.width, layout.notes + 24 * len(notes) + 16)
+    height = layout.notes + 24 * len(notes) + 16
+    check_memory("frames", _FINE * layout.width, _FINE * height, 4)
+    page = _Page(layout.width, height)
     _draw_lead(page, layout, leads_from)
     _draw_title(page, layout, leads_from, quantity)
     _draw_maps(page, layout, frames)
@@ -61,6 +86,23 @@ def evolution_picture(
     _draw_bars(page, layout, shares)
     _draw_notes(page, layout, notes)
     return page.finished()
+
+
+_VALUES = "for each class its values"
+_RANGE = -0.01, 1.01
+"""Of shares and probabilities, which may be rounded."""
+
+
+def _check_curves(curves: Any) -> tuple[list[str], list[list[float]]]:
+    """Return the names and the values of curves."""
+    pairs = check_rows("curves", curves, "for each class its name and its values")
+    for pair in pairs:
+        check_sequence("curves", pair, "for each class its name and its values", 2)
+        check_type("curves", pair[0], str, "a name first")
+    values = check_rows("curves", [pair[1] for pair in pairs], _VALUES)
+    for value in (value for row in values for value in row):
+        check_number("curves", value, *_RANGE)
+    return [name for name, _ in pairs], values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,9 +127,8 @@ class _Page:
         self, x: float, y: float, words: str, size: int = 16, colour: str = _INK, anchor: str = "lm", max_width: int = 0
     ) -> None:
         """Write words, truncated to `max_width` pixels unless that is 0."""
-        font = _font(_FINE * size)
-        words = truncate(words, font, _FINE * max_width) if max_width else words
-        self.pen.text((_FINE * x, _FINE * y), words, colour, font, anchor=anchor)
+        width = _FINE * max_width if max_width else None
+        write(self.pen, (_FINE * x, _FINE * y), words, _FINE * size, colour, anchor, width)
 
     def heading(self, y: float, title: str, *lines: str) -> None:
         """Write a title in the left margin, and lines in grey below it."""
@@ -112,9 +153,6 @@ class _Page:
 
     def finished(self) -> Image.Image:
         return self.image.reduce(_FINE)
-
-
-_font = cache(ImageFont.load_default)
 
 
 class _Layout:
@@ -166,7 +204,7 @@ def _draw_lead(page: _Page, at: _Layout, leads_from: int | None) -> None:
     page.box(start, above, at.right, at.floor, _TINT)
     page.line((start, above), (start, at.floor), thickness=2, colour=colour)
     said = f"{at.names[at.leader]} leads from block {leads_from} on"
-    fits = _font(17).getlength(said) < at.width - start - 16
+    fits = width_of(said, 17) < at.width - start - 16
     page.text(start + 8 if fits else start - 8, at.top - 24, said, 17, colour, "lm" if fits else "rm")
 
 
@@ -231,7 +269,7 @@ def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]]) -> N
 
 def _draw_notes(page: _Page, at: _Layout, notes: Sequence[str]) -> None:
     for i, words in enumerate(notes):
-        page.text(24, at.notes + 12 + 24 * i, words, 15, _GREY)
+        page.text(24, at.notes + 12 + 24 * i, words, 15, _GREY, max_width=at.width - 48)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

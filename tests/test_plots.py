@@ -88,8 +88,8 @@ def test_labels_are_moved_apart(places):
         (1, 1, 2, 4, None, "^frames: expected as many for every class"),
         (2, 1, 2, 4, None, "^frames: expected as many for every class"),
         (1, 1, 1, 3, None, r"got \[\[4\], \[4\], \[4\], \[3\]\]$"),
-        (1, 2, 1, 4, 5, "^leads_from: expected None or a block, 1 to 4, got 5$"),
-        (1, 2, 1, 4, 0, "^leads_from: expected None or a block, 1 to 4, got 0$"),
+        (1, 2, 1, 4, 5, "^leads_from: expected 1 to 4, got 5$"),
+        (1, 2, 1, 4, 0, "^leads_from: expected 1 to 4, got 0$"),
     ],
 )
 def test_picture_errors(frames, curves, shares, leaders, leads_from, match):
