@@ -69,6 +69,8 @@ def test_orientation_is_applied_once(tmp_path, suffix):
     if Image.registered_extensions().get(f".{suffix}") not in (*Image.OPEN, None):
         pytest.skip(f"this Pillow reads no {suffix}")
     for orientation, turned in TURNED.items():
+        if suffix == "lzw.tif" and orientation not in range(1, 9):
+            continue  # libtiff does not write them
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture.save(file, exif=exif, **({"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}))
