@@ -24,9 +24,12 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import daam_core
+from models.checkpoints import architecture_of, read_checkpoint
 from models.classes import find_class
-from models.sources import from_checkpoint, from_timm, from_torchvision, from_transformers, parts_of
-from models.weights import EMBEDDED, WeightsUnavailable, architecture_of, embedded_names, read_checkpoint
+from models.timm_models import from_checkpoint, from_timm
+from models.torchvision_models import from_torchvision
+from models.transformers_models import from_transformers, parts_of
+from models.weights import EMBEDDED, WeightsUnavailable, embedded_names
 
 __all__ = [
     "LoadedModel",

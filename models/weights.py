@@ -1,31 +1,26 @@
-"""Find files of weights, read them, and check whether the servers that offer them can be reached."""
+"""Find files of weights, fetch them if that is allowed, and put weights into models."""
 
 from __future__ import annotations
 
-import argparse
 import http.client
-import pathlib
-import pickle
+import os
 import queue
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import safetensors
 import torch
 from huggingface_hub import constants as hub
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from torch import Size, Tensor, nn
+
+from daam_vit.text import printable
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrainedmodels"
-WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
-"""Keys under which training code stores the weights, in order of preference (DINO: `teacher`, DeiT: `model`)."""
-PROJECTION_HEADS = ("head.mlp.", "head.last_layer.")
-"""Prefixes of the projection head in DINO's checkpoints, which is not part of the model."""
-HARMLESS = [argparse.Namespace, pathlib.PosixPath]
-"""Types that training code stores beside the weights, for its command line. They hold values and run no code."""
 
 
 class WeightsUnavailable(ValueError):
@@ -50,23 +45,69 @@ def in_hub_cache(repository: str, names: list[str], revision: str | None = None)
 
 def in_torch_cache(url: str) -> Path | None:
     """Return the file that torch.hub downloaded from this address; None if it is not cached."""
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(url).path).name)
+    file = _torch_file(url)
     return file if file.is_file() else None
+
+
+def fetch_from_hub(repository: str, names: Iterable[str], revision: str | None = None) -> Path | None:
+    """Return the first of these files that a hub repository has, downloaded unless it is cached; None if it has none.
+
+    Raises:
+        Exception: whatever huggingface_hub raises if the hub does not answer or refuses.
+    """
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision, cache_dir=hub.HF_HUB_CACHE))
+        except LocalEntryNotFoundError:  # the network failed
+            raise
+        except EntryNotFoundError:  # the cache remembers this, too
+            continue
+    return None
+
+
+def fetch_from_url(url: str) -> Path:
+    """Download a file to where torch.hub keeps it; the hash in its name, if it has one, is checked.
+
+    Raises:
+        Exception: whatever the network, the disk and torch.hub raise.
+    """
+    file = _torch_file(url)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = torch.hub.HASH_REGEX.search(file.name)
+    torch.hub.download_url_to_file(url, str(file), found[1] if found else None)
+    return file
+
+
+def _torch_file(url: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(url).path).name)
+
+
+def offline_variable() -> str | None:
+    """Return the environment variable that forbids connections; None if they are allowed."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in hub.ENV_VARS_TRUE_VALUES:
+            return variable
+    return "HF_HUB_OFFLINE" if hub.HF_HUB_OFFLINE else None
 
 
 def require_server(url: str, name: str, local: str = "a local checkpoint") -> None:
     """Raise WeightsUnavailable unless the server that has the weights of a model answers.
+
+    No server is asked if `offline_variable` forbids it.
 
     Args:
         url: the address of the server or of the file.
         name: the model, for the error.
         local: what the user can pass instead, for the error.
     """
-    if not reachable(url):
-        raise WeightsUnavailable(
-            f"model: the weights of {name} are not cached and {url} cannot be reached; pass {local}, "
-            f"or an embedded model ({', '.join(embedded_names())})"
-        )
+    variable = offline_variable()
+    if variable is None and reachable(url):
+        return
+    reason = f"{url} cannot be reached" if variable is None else f"{variable} forbids a download; unset it"
+    raise WeightsUnavailable(
+        f"model: the weights of {printable(name, 80)} are not cached and {reason}{',' if variable else ';'} "
+        f"{'or ' * bool(variable)}pass {local}, or an embedded model ({', '.join(embedded_names())})"
+    )
 
 
 def reachable(url: str, seconds: float = 4) -> bool:
@@ -93,76 +134,53 @@ def reachable(url: str, seconds: float = 4) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Read weights
+# Put weights into models
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def architecture_of(checkpoint: str | Path) -> str | None:
-    """Return the timm name in the metadata of a checkpoint, as embedded models have it; None if there is none."""
+def shapes_of(build: Callable[[], nn.Module]) -> dict[str, Size]:
+    """Return the names and shapes of the weights of the model that a function builds, without memory for them."""
     try:
-        with safetensors.safe_open(checkpoint, "pt") as file:
-            return (file.metadata() or {}).get("architecture")
-    except Exception:  # another format, or missing or damaged: `load` says which
-        return None
+        with torch.device("meta"):
+            model = build()
+    except RuntimeError:  # a model that computes with its weights
+        model = build()
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the weights without wrapper and prefixes, and the metadata of a safetensors file, else `{}`.
-
-    Raises:
-        ValueError: if the file is missing or damaged, or is not a dict of tensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint: there is no file {path}")
-    metadata = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        else:
-            with torch.serialization.safe_globals(HARMLESS):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint: {path.name} is damaged, or holds more than tensors and is not loaded") from error
-    except Exception as error:  # torch, zipfile and safetensors raise many kinds of errors for a damaged file
-        raise ValueError(f"checkpoint: {path.name} cannot be read: {first_line(error)}") from error
-
-    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
-        state = state[key]
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
-        raise ValueError(f"checkpoint: {path.name} has no state dict, not even under {', '.join(WRAPPERS)}")
-    for prefix in ("module.", "_orig_mod.", "module.", "backbone."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not key.startswith(PROJECTION_HEADS)}, metadata
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a state dict into a model.
 
     Raises:
-        ValueError: if a key is missing or unknown, or a shape differs.
+        ValueError: if a key is missing or unknown, or a shape differs, or whole numbers stand for floating-point ones,
+            as in quantized weights.
     """
     own = model.state_dict()
+    common = [key for key in own if key in state]
     report = key_mismatches(
         {
             "missing": [key for key in own if key not in state],
             "unknown": [key for key in state if key not in own],
-            "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+            "of another shape": [key for key in common if own[key].shape != state[key].shape],
+            "of whole numbers": [
+                key for key in common if own[key].is_floating_point() and not state[key].is_floating_point()
+            ],
         }
     )
     if report:
-        raise ValueError(f"checkpoint: {path.name} does not fit {architecture}: {report}")
+        raise ValueError(report)
     model.load_state_dict(state)
 
 
 def key_mismatches(keys: dict[str, list[str]]) -> str:
     """Describe the keys that do not fit; each list stands under what is wrong with it. Return "" if all fit."""
     return "; ".join(
-        f"{len(k)} keys {what} ({', '.join(k[:3])}{', ...' * (len(k) > 3)})" for what, k in keys.items() if k
+        f"{len(names)} keys {what} ({', '.join(printable(name, 80) for name in names[:3])}{', ...' * (len(names) > 3)})"
+        for what, names in keys.items()
+        if names
     )
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)

@@ -71,7 +71,7 @@ def tiny(tmp_path, monkeypatch):
     [("tiny_vit", "FIRST", 32, 0.485, "bilinear"), ("tiny_vit.SECOND", "SECOND", 48, 0.5, "bicubic")],
 )
 def test_torchvision(tiny, tmp_path, monkeypatch, name, entry, size, mean, blend):
-    monkeypatch.setattr(models.sources, "require_server", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr(models.torchvision_models, "require_server", lambda *_: pytest.fail("the network was asked"))
     loaded = load(f"torchvision:{name}")
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_checkpoint_decides_the_classes_and_the_size(tiny, tmp_path, classes):
     with torch.no_grad():
         assert torch.equal(loaded.model(images), model(images))
     assert loaded.num_classes == classes and loaded.size == (40, 40)
-    assert loaded.class_names == (["tench", "tabby", "cup"] if classes == 3 else None)
+    assert loaded.class_names is None  # of whatever the file was trained for
     assert loaded.checkpoint == tmp_path / "mine.pth"
     torch.testing.assert_close(loaded.transform(Image.new("RGB", (9, 9), "white")), torch.ones(3, 40, 40))
 

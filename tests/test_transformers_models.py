@@ -322,7 +322,7 @@ def test_a_cached_model_is_used_without_asking_the_network(tmp_path, monkeypatch
     snapshot = cached(tmp_path / "mine", tmp_path)
     other = saved(tmp_path / "other", num_labels=4)
     cached(tmp_path / "other", tmp_path, revision="v2", commit="1" * 40)
-    monkeypatch.setattr(models.sources, "require_server", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr(models.transformers_models, "require_server", lambda *_: pytest.fail("the network was asked"))
     loaded = load("hf:some/vit")
     assert loaded.name == "hf:some/vit" and loaded.checkpoint == snapshot / "model.safetensors"
     assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)

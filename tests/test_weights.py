@@ -123,13 +123,6 @@ def test_checkpoint_that_does_not_fit_names_the_keys(tiny, tmp_path):
         assert text in str(error)
 
 
-@pytest.mark.parametrize("arguments", ['{"no_such": 1}', "{"])
-def test_metadata_that_fit_no_model(tiny, tmp_path, arguments):
-    metadata = {"architecture": TINY, "model_args": arguments}
-    safetensors.torch.save_file(tiny.state_dict(), tmp_path / "mine.safetensors", metadata)
-    refused(None, f"^checkpoint: mine.safetensors does not fit {TINY}: ", tmp_path / "mine.safetensors")
-
-
 class Malicious:
     def __reduce__(self):
         return (print, ("code ran while a checkpoint was loaded",))
@@ -142,7 +135,8 @@ class Malicious:
         (
             "code.pth",
             lambda path: torch.save({"model": Malicious()}, path),
-            "holds more than tensors and is not loaded",
+            r"holds more than tensors \(print\) and is not loaded, because .*; save the weights alone where it was made: "
+            r"torch.save\(model.state_dict\(\), FILE\)$",
         ),
         ("text.pth", lambda path: path.write_text("not weights"), "checkpoint: text.pth"),
         ("empty.pth", lambda path: path.write_bytes(b""), "checkpoint: empty.pth"),

@@ -1,0 +1,151 @@
+"""Layouts of checkpoints: where training code puts the weights, how it names them, what else it stores.
+
+The names of the model that the weights are for decide which prefix is removed, so that prefixes may be nested in any
+order and `encoder.` stays where it belongs to the model, as in torchvision's ViT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Size, Tensor
+
+from daam_vit.text import printable
+
+WRAPPERS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder",
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights",
+    "backbone", "encoder", "student",
+)  # fmt: skip
+"""Keys under which training code stores the weights, in order of preference: averaged weights come first."""
+PREFIXES = {
+    # averaged weights
+    "ema": 0, "ema_model": 0, "model_ema": 0, "module_ema": 0, "teacher": 0, "teacher_backbone": 0, "target_encoder": 0,
+    "model": 1, "_model": 1, "base_model": 1, "module": 1, "net": 1, "network": 1, "backbone": 1, "encoder": 1,
+    "vit": 1, "base_encoder": 1, "encoder_q": 1, "online_encoder": 1,
+    # the student, and MoCo's and BYOL's momentum encoders, which their authors do not evaluate
+    "student": 2, "student_backbone": 2, "momentum_encoder": 2, "momentum_backbone": 2, "encoder_k": 2,
+}  # fmt: skip
+"""What stands before the names of weights, and its rank: if a file has the weights of several, the lowest counts."""
+INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What `torch.compile`, FSDP and activation checkpointing put into a name, at any place."""
+CHUNK = re.compile(r"(?:^|(?<=\.))blocks\.\d+\.(?=\d+\.)")
+"""DINOv2 stores blocks in chunks; the second number counts all blocks."""
+BESIDE = re.compile(
+    r"""n_averaged$ | queue(_ptr)?$ | mask_token$ | masked_embed$
+    | (mask_|decoder_)\w+(\.|$) | decoder\. | lm_head\.
+    | head\.(mlp2?|last_layer2?|\d+)\. | fc\.\d+\. | (dino|ibot|gram|dino_local|projection)_head\.
+    | (projector|projection|predictor|prototypes|momentum_projector|momentum_predictor)\.\d+\. | prototypes\.weight$""",
+    re.VERBOSE,
+)
+"""What the file of a backbone carries besides: counters of averaged models, queues, mask tokens, decoders, projection
+heads and predictors. A key of the model itself is never one of them."""
+
+
+def find_weights(content: Any) -> dict[str, Tensor] | None:
+    """Return the state dict in what was saved, out of all of `WRAPPERS`, nested in any order; None if there is none.
+
+    Values that are no tensors are left out.
+    """
+    waiting, seen, beside = [content], set(), None
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, Mapping) or id(value) in seen:  # a dict may contain itself
+            continue
+        seen.add(id(value))
+        inner = [value[key] for key in WRAPPERS if isinstance(value.get(key), Mapping)]
+        waiting += reversed(inner)
+        tensors = {key: entry for key, entry in value.items() if isinstance(entry, Tensor)}
+        if all(isinstance(key, str) for key in tensors) and any(entry.ndim for entry in tensors.values()):
+            if not inner:
+                return tensors
+            beside = beside or tensors
+    return beside
+
+
+def image_sizes(content: Any) -> list[tuple[int, int]]:
+    """Return the image sizes `(H, W)` among the options that the training code stored."""
+    sizes = []
+    for key in ("args", "hyper_parameters", "hparams", "config", "model_args"):
+        options = content.get(key) if isinstance(content, Mapping) else None
+        options = options if isinstance(options, Mapping) else getattr(options, "__dict__", {})
+        for name in ("img_size", "image_size", "input_size"):
+            size = options.get(name)
+            size = [size, size] if type(size) is int else size
+            if isinstance(size, (list, tuple)) and len(size) in (2, 3) and all(type(n) is int and n > 0 for n in size):
+                sizes.append((size[-2], size[-1]))
+    return list(dict.fromkeys(sizes))
+
+
+def rename(state: dict[str, Tensor], own: Mapping[str, Size]) -> dict[str, Tensor]:
+    """Return the weights under the names that a model has for them.
+
+    Args:
+        state: the weights, under the names in the file.
+        own: names and shapes of the model's weights.
+
+    Raises:
+        ValueError: if two weights would get one name.
+    """
+    if state.keys() <= own.keys():
+        return dict(state)
+    state = _renamed(state, lambda key: INSIDE.sub("", key))
+    if not any(CHUNK.search(key) for key in own):
+        state = _renamed(state, lambda key: CHUNK.sub("blocks.", key))
+    prefix = _prefix_of_model(state, own)
+
+    def without_prefix(key: str) -> str | None:
+        for part in prefix.split(".")[:-1]:
+            key = key.removeprefix(f"{part}.")
+        other = _prefix(key)
+        return None if key not in own and other and _rank(other) != _rank(prefix) else key
+
+    return _renamed(state, without_prefix)
+
+
+def without_extras(state: dict[str, Tensor], own: Mapping[str, Size]) -> dict[str, Tensor]:
+    """Leave out what the file of a backbone carries `BESIDE` the weights of the model."""
+    return {key: value for key, value in state.items() if key in own or not BESIDE.match(key)}
+
+
+def _renamed(state: dict[str, Tensor], rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """Return the weights under other names; those that get None are left out."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = rename(key)
+        if name is not None and name in renamed:
+            raise ValueError(f"two of its weights are called {printable(name, 80)}; save only one of them")
+        if name is not None:
+            renamed[name] = value
+    return renamed
+
+
+def _prefix_of_model(state: dict[str, Tensor], own: Mapping[str, Size]) -> str:
+    """Return the prefix under which most weights of the model are; of several, the one of the lowest rank."""
+    named, fitting = Counter(), Counter()  # with the name, and also with the shape, of a weight of the model
+    for key, value in state.items():
+        prefix = _prefix(key)
+        for end in [0, *(match.end() for match in re.finditer(r"\.", prefix))]:
+            if (name := key[end:]) in own:
+                named[key[:end]] += 1
+                fitting[key[:end]] += own[name] == value.shape
+    votes = +fitting or named
+    likely = [prefix for prefix, count in votes.items() if 2 * count >= max(votes.values())]
+    return min(likely, key=lambda prefix: (_rank(prefix), -votes[prefix]), default="")
+
+
+def _prefix(key: str) -> str:
+    """Return what stands before the name of a weight: at most eight of `PREFIXES`."""
+    parts = key.split(".", 9)[:8]
+    known = next((i for i, part in enumerate(parts) if part not in PREFIXES), len(parts))
+    prefix = "".join(f"{part}." for part in parts[:known])
+    return prefix if key.startswith(prefix) else ""
+
+
+def _rank(prefix: str) -> int:
+    """Return the rank of a prefix: 0 for averaged weights, 2 for those that are not evaluated, else 1."""
+    ranks = {PREFIXES[part] for part in prefix.split(".")[:-1]} - {1}
+    return min(ranks, default=1)
