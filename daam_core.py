@@ -41,7 +41,6 @@ from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder
 from daam_vit.checks import (
     Target,
     check_backward,
-    check_choice,
     check_forward,
     check_queries,
     class_indices,
@@ -52,13 +51,22 @@ from daam_vit.checks import (
 from daam_vit.drawing import block_labels, contact_sheet, overlay, render, side_by_side
 from daam_vit.families import all_rows_hint, plan_of
 from daam_vit.files import save_flow, save_gif
-from daam_vit.lens import logit_lens
-from daam_vit.libraries import (
+from daam_vit.inputs import (
     Images,
     UnsupportedModel,
+    check_bank,
+    check_block_maps,
+    check_choice,
+    check_neighbours,
+    check_shapes,
+    check_votes,
+)
+from daam_vit.lens import logit_lens
+from daam_vit.libraries import (
     features,
     first_image,
     num_classes,
+    pre_logits,
     reference_parameter,
     scores,
     to_model,
@@ -118,6 +126,8 @@ def block_map(
     Returns:
         `(B, N)`: L_b over all keys, prefix tokens included.
     """
+    check_choice("heads", heads, (True, False))
+    check_shapes("B H Q N, B H N d, B H Q d", a=a, V=V, C=C)
     wC_V = w(C) @ V.transpose(-2, -1)  # (B, H, Q, N)   w(C) . V[j], for every head
     wC_S = (a * wC_V).sum(2)  # (B, H, N)   w(C) . S[j], for every head   Eq. 2
     return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)   Eq. 5
@@ -142,6 +152,8 @@ def accumulate(block_maps: Tensor, norm: bool = False, valid: Tensor | None = No
     Returns:
         `(..., L, h, w)`: A_1 ... A_L.
     """
+    check_choice("norm", norm, (True, False))
+    check_block_maps(block_maps, valid)
     if not norm:
         return block_maps.cumsum(-3)  # (..., L, h, w)   Eq. 6
     low = high = block_maps
@@ -172,6 +184,7 @@ def neighbour_importance(
     Returns:
         `(B, D)`, 0..1: the gradient that is sent back from the feature.
     """
+    labels = check_bank(features, bank, labels, k)  # (M,)
     f = F.normalize(features.float(), dim=1)  # (B, D)
     similarities, neighbours = (f @ bank.T.to(f)).topk(k)  # (B, k) twice
     votes = neighbour_votes(similarities, labels[neighbours], int(labels.max()) + 1, temperature)  # (B, num_classes)
@@ -181,6 +194,7 @@ def neighbour_importance(
 
 def neighbour_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float = 0.07) -> Tensor:
     """Count the votes of neighbours, exp(cosine / temperature) for each label: two `(B, k)` -> `(B, num_classes)`."""
+    labels = check_votes(similarities, labels, num_classes, temperature)  # (B, k)
     weights = (similarities / temperature).exp()  # (B, k)
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)  # (B, num_classes)
 
@@ -195,7 +209,8 @@ def dimension_importance(f: Tensor, neighbours: Iterable[Tensor]) -> Tensor:
     Returns:
         `(B, D)`, 0..1; ones if p is constant.
     """
-    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for f_i, z in zip(f, neighbours)])  # (B, D)   Eq. 7
+    groups = check_neighbours(f, neighbours)
+    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for z, f_i in zip(groups, f)])  # (B, D)   Eq. 7
     total = p.sum(1, keepdim=True).abs()  # (B, 1)
     p = p / torch.where(total > 0, total, 1)  # (B, D)   cancels in Eq. 8; kept as published
     low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)  # (B, 1)
@@ -284,10 +299,13 @@ def attention_flow(
             family: distillation token, attention pool), or the attention cannot be seen.
         ValueError: if `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
+        TypeError: if `model`, `images` or `importance` is something else than these; one line, too.
     """
     model = unwrap(model)
     check_choice("variant", variant, VARIANTS)
     check_choice("memory", memory, ("auto", "fast", "low"))
+    check_choice("norm", norm, (True, False))
+    check_choice("shortcuts", shortcuts, (True, False))
     if memory == "low" and not shortcuts:
         raise ValueError("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True")
     if importance is not None and target is not None:
@@ -295,15 +313,14 @@ def attention_flow(
     plan = plan_of(model, images, rows)  # None: no known family; the run has to show what the model does
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; pass the importance of its features")
-    parameter = reference_parameter(model)
-    if parameter.is_inference():
+    if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
-    images = to_model(images, parameter)
+    images = to_model(images, reference_parameter(model))
 
     maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant == "heads")
     recorder = _recorder(plan, maps.on_gradient, memory, shortcuts)
     with recorder.attached(model):
-        Y = recorder.run(scores if importance is None else features, model, images)  # (B, num_classes) or (B, D)
+        Y = recorder.run(scores if importance is None else pre_logits, model, images)  # (B, num_classes) or (B, D)
         plan = plan or plan_of_run(model, images, recorder)
         check_forward(model, plan, recorder.calls, Y, images)
         if plan.unverified is not None:

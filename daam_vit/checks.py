@@ -1,4 +1,4 @@
-"""Check inputs and runs against the assumptions of the method, and refuse those that break one with a one-line error.
+"""Check what is explained, and runs against the assumptions of the method; refuse with a one-line error.
 
 Every message begins with the argument, says what is wrong, and names the way out.
 """
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from daam_vit.attention import AttentionCall
-from daam_vit.libraries import Images, UnsupportedModel
+from daam_vit.inputs import Images, UnsupportedModel, check_finite, check_tensor
+from daam_vit.libraries import check_output
 from daam_vit.plan import AttentionLayer, Plan
+from daam_vit.text import printable
 
 OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
 """Way out for a model of no known family."""
@@ -22,26 +24,6 @@ OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the run
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless the argument `name` has one of the values."""
-    if value not in choices:
-        expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def check_images(images: Images, channels: int | None) -> None:
-    """Raise a ValueError unless `images` are `(B, C, H, W)` of floating point; `channels` None: any number."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images: expected a tensor (B, C, H, W) with B > 0, got {shape}")
-    if not images.is_floating_point():
-        raise ValueError(
-            f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"
-        )
-    if channels is not None and images.shape[1] != channels:
-        raise ValueError(f"images: the model takes {channels} channels, got {images.shape[1]}")
 
 
 def check_size(images: Tensor, fixed: Sequence[int] | None, stride: Sequence[int] = (1, 1), way_out: str = "") -> None:
@@ -72,22 +54,25 @@ def class_indices(target: Target | Callable[[Tensor], Target] | None, scores: Te
         with torch.no_grad():
             target = target(scores)
     try:
+        if isinstance(target, Tensor):
+            check_tensor("target", target)
         indices = torch.as_tensor(target, device=scores.device)
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(0)
-    integers = indices.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    integers = not indices.is_floating_point() and indices.dtype not in (torch.bool, torch.complex64, torch.complex128)
     if not integers or not (indices.ndim == 0 or (indices.ndim <= 2 and len(indices) == batch and indices.numel())):
-        got = " ".join(repr(target).split())[:60]
+        got = printable(" ".join(repr(target).split()), 80)
         raise ValueError(
             f"target: expected None, a class index, or for each of {batch} images one index (B,) or K of them (B, K), "
             f"got {got}"
         )
+    indices = indices.long()
     wrong = indices[(indices < 0) | (indices >= classes)]
     if len(wrong):
         raise ValueError(
             f"target: class {wrong[0].item()} is out of range; the model has {classes} classes, 0..{classes - 1}"
         )
-    return indices.long().expand(batch) if indices.ndim == 0 else indices.long()
+    return indices.expand(batch) if indices.ndim == 0 else indices
 
 
 def importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
@@ -95,14 +80,13 @@ def importance_weights(importance: Tensor | Callable[[Tensor], Tensor], features
     b, d = features.shape
     with torch.no_grad():
         weights = importance(features) if callable(importance) else importance
-    shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+    expected = f"a tensor ({d},), ({b}, {d}) or ({b}, K, {d}), the width of the features"
+    check_tensor("importance", weights, expected)
+    shape = tuple(weights.shape)
     if shape not in ((d,), (b, d)) and not (len(shape) == 3 and shape[::2] == (b, d) and shape[1] > 0):
-        raise ValueError(
-            f"importance: expected a tensor ({d},), ({b}, {d}) or ({b}, K, {d}), the width of the features, got {shape}"
-        )
+        raise ValueError(f"importance: expected {expected}, got {shape}")
     weights = weights.detach().to(features)
-    if not torch.isfinite(weights).all():
-        raise ValueError("importance: has NaN or infinite values; look for a division by zero")
+    check_finite("importance", weights, "look for a division by zero")
     return weights.expand_as(features) if weights.ndim == 1 else weights
 
 
@@ -135,18 +119,6 @@ def check_forward(model: nn.Module, plan: Plan, calls: Sequence[AttentionCall], 
     if not output.requires_grad:
         raise UnsupportedModel(
             f"model: the output of {name} does not depend on its attention; is its forward under torch.no_grad()?"
-        )
-
-
-def check_output(output: Tensor) -> None:
-    """Raise unless an output is `(B, D)` and finite."""
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
-    if not torch.isfinite(output).all():
-        raise ValueError(
-            f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
-            f"or for an overflow of {output.dtype}"
         )
 
 

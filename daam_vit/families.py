@@ -23,8 +23,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from daam_vit.checks import check_choice, check_images, check_size
-from daam_vit.libraries import Images, UnsupportedModel, class_names_of, library_of
+from daam_vit.checks import check_size
+from daam_vit.inputs import Images, UnsupportedModel, check_choice
+from daam_vit.libraries import check_input, class_names_of, input_channels, library_of
 from daam_vit.plan import AttentionLayer, Plan
 
 Family = Callable[[Any, Any], Plan]
@@ -50,8 +51,7 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
         )
     if family is not None and not all_rows and library_of(model) == "timm":
         _check_pool(model)
-    if family is not naflex or not isinstance(images, dict):
-        check_images(images, None if family is None else _channels(model))
+    check_input(model, images, None if family is None else input_channels(model))
     if family is None:
         return None
     plan = family(model, images)
@@ -80,13 +80,10 @@ def all_rows_hint(model: nn.Module) -> str:
 
 def plan_of_blocks(steps: list[list[AttentionLayer]]) -> Plan:
     """Return the plan of a model in which every block is a step, and say so in words."""
+    if not steps:
+        raise UnsupportedModel("model: it has no blocks, so there is nothing to decompose")
     tokens = "class and distillation token" if steps[0][0].queries == 2 else "class token"
     return Plan(steps, f"{tokens}, {len(steps)} blocks")
-
-
-def _channels(model: nn.Module) -> int:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.in_channels if first else getattr(model, "in_chans", 3)
 
 
 def _check_pool(model: nn.Module) -> None:
@@ -147,16 +144,6 @@ def naflex(model: Any, images: Images) -> Plan:
     """NaFlexVit: a batch of images, or patches with their places in grids of several sizes."""
     if not isinstance(images, dict):
         return _vit_blocks(model, _grid_of(model.embeds, images))
-    shapes = {name: tuple(images[name].shape[:2]) for name in images if isinstance(images[name], Tensor)}
-    for name in ("patches", "patch_coord", "patch_valid"):
-        if name not in shapes or shapes[name] != shapes["patches"] or len(shapes[name]) != 2:
-            raise ValueError(
-                f"images: NaFlexVit takes a dict of the tensors patches (B, N, P * P * 3), patch_coord (B, N, 2) and "
-                f"patch_valid (B, N); {name} is missing or has another shape"
-            )
-    if images["patches"].numel() == 0 or not images["patches"].is_floating_point():
-        what = f"{tuple(images['patches'].shape)} of {images['patches'].dtype}"
-        raise ValueError(f"images: expected patches (B, N, P * P * 3) of normalised floating point values, got {what}")
     y, x = images["patch_coord"].long().unbind(-1)
     size = int(y.max()) + 1, int(x.max()) + 1
     return _vit_blocks(model, size, cells=(y * size[1] + x).to(next(model.parameters()).device))

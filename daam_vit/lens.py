@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daam_vit.checks import check_output, tolerance
+from daam_vit.checks import tolerance
 from daam_vit.families import NO_LENS, cait, family_of, plan_of, tnt, volo
+from daam_vit.inputs import Images, UnsupportedModel, check_choice, check_finite, check_shapes
 from daam_vit.libraries import (
-    Images,
-    UnsupportedModel,
-    features,
+    check_output,
     first_image,
     num_classes,
+    pre_logits,
     reference_parameter,
     scores,
     to_model,
@@ -63,6 +63,10 @@ def logit_lens(
             shape.
     """
     model = unwrap(model)
+    check_choice("head", head, (True, False))
+    if output is not None:
+        check_shapes("B C", output=output)
+        check_finite("output", output, "look for NaN in the images and the weights")
     name, family, plan = type(model).__name__, family_of(model), plan_of(model, images, rows)
     found = [_block_of(model, step) for step in plan.steps] if plan else []
     blocks = [block for block in found if block is not None]
@@ -77,7 +81,7 @@ def logit_lens(
         raise UnsupportedModel(f"model: {name} {reason}; its blocks cannot be read one by one like its last one")
     if head and num_classes(model) == 0:
         raise ValueError("head: the model has no classifier; pass head=False for its features")
-    images, forward = to_model(images, reference_parameter(model)), scores if head else features
+    images, forward = to_model(images, reference_parameter(model)), scores if head else pre_logits
     prefix = None if rows == "patches" or family is volo else plan.steps[0][0].prefix  # VOLO's score adds the patches
     with torch.no_grad(), eval_mode(model):
         readings = _read_blocks(model, blocks, prefix, lambda: forward(model, images))
@@ -86,7 +90,7 @@ def logit_lens(
     last = readings[: len(output), -1]
     if output.shape != last.shape:
         raise ValueError(f"output: expected {tuple(readings[:, -1].shape)}, got {tuple(output.shape)}")
-    missed = (last - output).abs().max().item()
+    missed = (last - output.to(last.device)).abs().max().item()
     if not missed <= tolerance(output.dtype) * output.abs().max().item():
         raise UnsupportedModel(
             f"model: {name} combines tokens after its last block, so the logit lens does not apply: the last reading "

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from daam_vit.libraries import Images
+from daam_vit.inputs import Images
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
-from daam_vit.libraries import UnsupportedModel
+from daam_vit.inputs import UnsupportedModel
 from daam_vit.plan import AttentionLayer, Plan
 
 LARGE_GRAPH = 256 * 2**20

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.checks import OTHER_MODEL, check_patch_order
 from daam_vit.families import plan_of_blocks
-from daam_vit.libraries import Images, UnsupportedModel, scores
+from daam_vit.inputs import Images, UnsupportedModel
+from daam_vit.libraries import scores
 from daam_vit.plan import AttentionLayer, Plan
 
 ANYWHERE = AttentionLayer(nn.Identity(), (0, 0))

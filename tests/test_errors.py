@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from odd_models import (
     ReturnsTokens,
     Turned,
 )
+from PIL import Image
 from support_table import REFUSED, from_transformers, naflex_batch, refusal, row_of
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY, random_images, tiny_timm, tiny_torchvision, tiny_vit
@@ -113,6 +115,11 @@ ARGUMENTS = [
     case("memory: expected 'auto', 'fast' or 'low', got 'small'$", memory="small"),
     case("memory: expected 'auto', 'fast' or 'low', got None$", memory=None),
     case("memory: expected 'auto', 'fast' or 'low', got True$", memory=True),
+    *(
+        case(f"{name}: expected True or False, got {shown}$", **{name: value})
+        for name in ("norm", "shortcuts")
+        for value, shown in (("yes", "'yes'"), (None, "None"), (2, "2"), (np.ones(2), r"array\(\[1., 1.\]\)"))
+    ),
     case("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True$", memory="low", shortcuts=False),
     case("rows: expected 'class' or 'patches', got 'all'$", rows="all"),
     case("rows: expected 'class' or 'patches', got None$", rows=None),
@@ -146,6 +153,12 @@ TARGETS = [
     case("target: expected", target=lambda scores: scores),
     case("target: class 5 is out of range", target=lambda scores: [0, 5]),
     case("target: expected", target=2**70),
+    case(r"target: expected .* got \{0: 1\}$", target={0: 1}),
+    case("target: expected .* got 1j$", target=1j),
+    case("target: expected", target=torch.zeros(2, dtype=torch.complex64)),
+    case("target: expected", target=torch.ones(2, dtype=torch.int64).to_sparse()),
+    case("target: expected", target=torch.ones(2, dtype=torch.int64, device="meta")),
+    case("target: expected .*x…$", target="x" * 5000),
     case("target: expected", target=torch.zeros(2, 2)),
 ]
 IMPORTANCES = [
@@ -154,8 +167,12 @@ IMPORTANCES = [
     case(r"importance: expected .* got \(1, 2, 24\)", importance=torch.ones(1, 2, WIDTH)),
     case(r"importance: expected .* got \(2, 0, 24\)", importance=torch.ones(2, 0, WIDTH)),
     case(r"importance: expected .* got \(\)", importance=torch.tensor(1.0)),
-    case("importance: expected .* got str", importance="all"),
-    case("importance: expected .* got list", importance=[1.0] * WIDTH),
+    case("importance: expected .* got str", importance="all", error=TypeError),
+    case("importance: expected .* got list", importance=[1.0] * WIDTH, error=TypeError),
+    case("importance: expected .* got ndarray", importance=np.ones(WIDTH, np.float32), error=TypeError),
+    case("importance: expected .* got one that is complex", importance=ONES * 1j),
+    case("importance: expected .* got one that is torch.sparse_coo", importance=ONES.to_sparse()),
+    case("importance: expected .* got one that is on the meta device", importance=lambda f: f.to("meta")),
     case(r"importance: expected .* got \(2, 23\)", importance=lambda f: f[:, 1:]),
     case("importance: has NaN or infinite values", importance=torch.full((WIDTH,), torch.nan)),
     case("importance: has NaN or infinite values; look for a division by zero", importance=lambda f: f / 0),
@@ -165,8 +182,25 @@ IMPORTANCES = [
 RECTANGLE, SQUARE = torch.zeros(1, 3, 40, 32), torch.zeros(1, 3, 36, 36)
 IMAGE_TENSORS = [
     case(r"images: expected a tensor \(B, C, H, W\).* got \(3, 32, 32\)", images=ONE[0]),
-    case(r"images: expected .* B > 0, got \(0, 3, 32, 32\)", images=ONE[:0]),
-    case("images: expected a tensor .* got ndarray", images=np.zeros((1, 3, 32, 32), np.float32)),
+    case(r"images: expected a tensor .* with B > 0 and no empty side, got \(0, 3, 32, 32\)$", images=ONE[:0]),
+    *(
+        case(f"images: expected a tensor .* B > 0, got {type(images).__name__}$", images=images, error=TypeError)
+        for images in (ONE.numpy(), [ONE], None, "photo.png", Image.new("RGB", (32, 32)), {"patches": ONE})
+    ),
+    *(
+        case(f"images: expected a tensor .* B > 0, got one that is {kind}$", images=images)
+        for kind, images in (
+            ("on the meta device, without values; load them first", ONE.to("meta")),
+            (r"torch.sparse_coo; pass its to_dense\(\)", ONE.to_sparse()),
+            ("nested; pad it to one shape", torch.nested.nested_tensor([ONE[0], ONE[0]], layout=torch.jagged)),
+            ("complex; pass real numbers", ONE.cfloat()),
+        )
+    ),
+    *(
+        case("images: expected .* no empty side", partial(tiny_vit, dynamic_img_size=True), images)
+        for images in (ONE[..., :0], ONE[..., :0, :], ONE[:, :0])
+    ),
+    case("images: expected .* no empty side", lambda: Plain(tiny_vit()), ONE[..., :0]),
     case("images: the model takes 3 channels, got 1$", images=ONE[:, :1]),
     case("images: the model takes 3 channels, got 32$", images=ONE.permute(0, 2, 3, 1)),
     case("images: .* floating point values, got torch.uint8", images=ONE.byte()),
@@ -215,6 +249,16 @@ IMAGE_TENSORS = [
            images={name: tensor[:0] for name, tensor in naflex_batch().items()}),
     naflex(r"images: expected patches \(B, N, P \* P \* 3\) of normalised",
            images=naflex_batch() | {"patches": naflex_batch()["patches"].byte()}),
+    *(
+        naflex("images: expected patch_coord .*, and patch_valid of torch.bool; take both from timm's NaFlex collator$",
+               images=naflex_batch() | {name: wrong(naflex_batch()[name])})
+        for name, wrong in (
+            ("patch_coord", lambda places: places - 1), ("patch_coord", torch.Tensor.float),
+            ("patch_coord", lambda places: places[..., :1]), ("patch_valid", torch.Tensor.float),
+        )
+    ),
+    naflex("images: patch_coord: expected a tensor, got one that is on the meta device",
+           images=naflex_batch() | {"patch_coord": naflex_batch()["patch_coord"].to("meta")}),
 ]  # fmt: skip
 MODELS = [
     case("model: VisionTransformer has no class token", partial(tiny_vit, class_token=False, global_pool="avg")),
@@ -284,11 +328,11 @@ MODELS = [
 def test_refused(match, model, images, error, options):
     model = model()
     before = state_of(model)
-    with pytest.raises(ValueError, match=f"^{match}") as caught:
+    with pytest.raises((ValueError, TypeError), match=f"^{match}") as caught:
         attention_flow(model, images, **options)
     message = str(caught.value)
     assert type(caught.value) is error and "\n" not in message
-    assert message.split(":")[0] in ("model", "images", "target", "importance", "memory", "rows", "variant")
+    assert message.split(":")[0] in signature(attention_flow).parameters
     assert state_of(model) == before
 
 
