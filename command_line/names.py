@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     """Yield the folder for a result: `folder`, or `folder`-2, `folder`-3, ... if another result is in the way.
 
     A result is replaced by a later one of the same photo, classes, weights and bank, and by no other. Another process
-    that writes there at the same time is in the way, too. If nothing is written, the folder is deleted.
+    that writes there at the same time is in the way, too. A new folder is deleted if its result is not completed.
 
     Args:
         folder: the folder that is preferred.
@@ -135,13 +136,16 @@ def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     subject = _subject(manifest)
     candidates = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
-    own = next(candidate for candidate in candidates if _take(candidate, subject))
+    for own in candidates:
+        new = not os.path.lexists(own)
+        if _take(own, subject):
+            break
     try:
         yield own
     finally:
         (own / CLAIM).unlink(missing_ok=True)
-        with suppress(OSError):
-            own.rmdir()  # refused if it holds anything
+        if new and not (own / "flow.json").exists():
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _take(folder: Path, subject: str) -> bool:

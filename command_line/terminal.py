@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from daam_vit.text import printable
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
 
 def say(*lines: str) -> None:
     """Print lines on stdout, beside a progress bar; control characters are escaped."""
@@ -26,19 +28,21 @@ def complain(message: object) -> None:
 def run(main: Callable[[], int]) -> None:
     """Call `main` and exit with the code that it returns, or with 128 and the number of the signal that ended it."""
     _open_closed_streams()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding of the terminal
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names need not fit the encoding of the terminal
     sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
     try:
         code = main()
-        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except SystemExit as stop:  # --help, a wrong option, or a signal
+        code = stop.code
+    sys.stdout.flush()
     if sys.stdout.error is not None:
-        complain(f"error: stdout: cannot be written: {sys.stdout.error}; the results are complete")
+        complain(f"error: stdout: cannot be written: {sys.stdout.error}; files are written all the same")
         code = code or 2
     sys.exit(code)
 
@@ -85,6 +89,7 @@ def _open_closed_streams() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """End the process as an exception does, so that temporary files are deleted; a second signal ends it at once."""
-    signal.signal(number, signal.SIG_DFL)
+    """End the process as an exception does, so that temporary files are deleted; more signals do not interrupt that."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
