@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from command_line.results import short
-from daam_vit.fonts import drawable, write
+from command_line.names import drawn_name, short
+from daam_vit.fonts import write
 from memorybank import MemoryBank, Vote
 from models.images import read_image, resize_longest_side
 
@@ -127,9 +127,8 @@ def draw_neighbours(
 
 
 def _label(neighbour: dict) -> str:
-    """Return the name of the class, or its index if no font can write it."""
-    name = short(neighbour["name"])
-    return name if drawable(name) else f"class {neighbour['index']}"
+    """Return the name of the class as it is drawn."""
+    return drawn_name(short(neighbour["name"]), neighbour["index"])
 
 
 def _tile(neighbour: dict, side: int) -> Image.Image:

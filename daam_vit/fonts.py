@@ -111,9 +111,11 @@ def font_for(text: str, size: float) -> Font | None:
     return None if missing else _sized(face, size)
 
 
-def family_for(text: str) -> str | None:
-    """Return what matplotlib calls the font of a text; None: its default will do."""
-    return _best_face(frozenset(_visible(text))).face.family
+def matplotlib_text(text: str) -> tuple[str, list[str]]:
+    """Return a text as matplotlib can draw it, and its `fontfamily`; pass `parse_math=False` as well."""
+    words, _ = fit(text, 10)
+    family = _best_face(frozenset(words)).face.family
+    return "".join(c for c in words if c not in _JOINERS), ["sans-serif", *([family] if family else [])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

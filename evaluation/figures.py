@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from daam_vit.fonts import matplotlib_text
 from evaluation.comparison import Row
 from evaluation.metrics import HEADINGS
 
@@ -56,7 +57,7 @@ def curves_figure(photos: Sequence[dict], run: dict) -> Figure | None:
         panel.set_title(f"{kind}, {baseline}", fontsize=11)
         panel.set_xlim(0, 100)
     panels[0, 0].set_ylim(0)  # shared by all panels
-    figure.suptitle(f"{run['model']}, {len(photos)} photo{'s' * (len(photos) != 1)}", fontsize=11)
+    _write_title(figure, run, len(photos))
     for panel, words in zip(panels[-1], kinds.values()):
         panel.set_xlabel(f"% of the patches {words}")
     for panel in panels[:, 0]:
@@ -107,8 +108,7 @@ def blocks_figure(rows: Sequence[Row], run: dict) -> Figure | None:
         panel.legend(title="baseline", frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("area under the curve")
-    photos = max(row.n for row in rows)
-    figure.suptitle(f"{run['model']}, {photos} photo{'s' * (photos != 1)}", fontsize=11)
+    _write_title(figure, run, max(row.n for row in rows))
     return figure
 
 
@@ -120,6 +120,12 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure((width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _write_title(figure: Figure, run: dict, photos: int) -> None:
+    """Write the name of the model, which can hold anything, and the number of photos above a figure."""
+    title, families = matplotlib_text(f"{run['model']}, {photos} photo{'s' * (photos != 1)}")
+    figure.suptitle(title, fontsize=11, fontfamily=families, parse_math=False)
 
 
 def _with_legend(figure: Figure, panels: np.ndarray) -> Figure:
