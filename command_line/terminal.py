@@ -91,5 +91,5 @@ def _open_closed_streams() -> None:
 def _leave(number: int, frame: object) -> None:
     """End the process as an exception does, so that temporary files are deleted; more signals do not interrupt that."""
     for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback if the next one is already there
     sys.exit(128 + number)

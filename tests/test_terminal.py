@@ -86,15 +86,15 @@ def test_a_terminal_without_the_characters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"),
+    ("sent", "codes"),
     [
-        ([signal.SIGTERM], 143),
-        ([signal.SIGHUP], 129),
-        ([signal.SIGINT], 130),
-        ([signal.SIGTERM, signal.SIGTERM, signal.SIGHUP], 143),
+        ([signal.SIGTERM], {143}),
+        ([signal.SIGHUP], {129}),
+        ([signal.SIGINT], {130}),
+        ([signal.SIGTERM, signal.SIGTERM, signal.SIGHUP], {143, 129, -15, -1}),  # the last two: it had cleaned up
     ],
 )
-def test_a_signal_cleans_up(sent, code, tmp_path):
+def test_a_signal_cleans_up(sent, codes, tmp_path):
     def listening():  # background processes may ignore them
         for number in sent:
             signal.signal(number, signal.SIG_DFL)
@@ -104,7 +104,7 @@ def test_a_signal_cleans_up(sent, code, tmp_path):
     for number in sent:
         process.send_signal(number)
         time.sleep(0.001)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=50) in codes
     assert files(tmp_path) == DONE and "Traceback" not in (tmp_path / "log").read_text()
 
 
