@@ -83,8 +83,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
     """Return two sides in pixels, as integers."""
-    if isinstance(size, str | bytes) or not hasattr(size, "__len__") or len(size) != 2:
-        raise TypeError(f"{name}: expected two integers, got {_shown(size)}")
+    check_sequence(name, size, "two integers", 2)
     first, second = (check_integer(name, side, 1) for side in size)
     return first, second
 
@@ -97,12 +96,20 @@ def check_memory(name: str, *shape: int) -> None:
 
 
 def check_path(name: str, path: Any) -> Path:
-    """Return a path that an operating system can have."""
+    """Return a path that the operating system can have, whether or not there is something."""
     check_type(name, path, (str, os.PathLike), "a path")
-    check_type(name, os.fspath(path), str, "a path of characters")
-    if "\0" in os.fspath(path):
-        raise ValueError(f"{name}: has a NUL character, which no path has; got {_shown(os.fspath(path))}")
-    return Path(path)
+    text = os.fspath(path)
+    check_type(name, text, str, "a path of characters")
+    if not text:
+        raise ValueError(f"{name}: is empty; pass a path, '.' for the current folder")
+    try:
+        os.stat(text)
+    except (FileNotFoundError, PermissionError):  # it may be made, or the system says more when it is written
+        pass
+    except (OSError, ValueError) as error:  # too long, below a file, with a NUL, or not in the system's encoding
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{name}: {printable(reason, 200)}, got {_shown(text)}; pass another path") from error
+    return Path(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

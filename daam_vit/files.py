@@ -83,6 +83,9 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
         check_sequence("duration", duration, f"a number, or one for each of {len(frames)} frames", len(frames))
     for milliseconds in duration if isinstance(duration, Sequence | np.ndarray) else [duration]:
         check_number("duration", milliseconds, 0, MAX_DURATION)
+    if path.is_dir() or not path.parent.is_dir():
+        reason = f"is a folder: {path}" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"path: {printable(reason, 300)}; pass another path")
     w, h = frames[0].size
     if max(w, h) > 65_535:
         raise ValueError(f"frames: a GIF has 65,535 pixels per side at most, got {w} x {h}; make them smaller")
@@ -139,7 +142,7 @@ def save_flow(
     """
     directory = check_path("directory", directory).absolute()
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: {directory} is not a folder; pass another path")
+        raise ValueError(f"directory: {printable(str(directory), 300)} is not a folder; pass another path")
     image, pictures = check_image("image", image), _check_pictures({} if pictures is None else pictures)
     maps = _check_flow(flow, index)
     check_type("caption", caption, str, "a text")
@@ -204,8 +207,16 @@ def _check_pictures(pictures: Mapping[str, Picture]) -> dict[str, Picture]:
         if reason:
             raise ValueError(f"pictures: {shown!r} {reason}; pass another name")
         if not callable(picture):
-            check_type("pictures", picture, Image.Image, "PIL images, or functions that return one")
+            _check_picture(name, picture)
     return dict(pictures)
+
+
+def _check_picture(name: str, picture: Any) -> None:
+    check_type(
+        "pictures", picture, Image.Image, f"a PIL image, or a function that returns one, as {printable(name, 80)}"
+    )
+    if not all(picture.size):
+        raise ValueError(f"pictures: {printable(name, 80)} has no pixels; leave it out")
 
 
 def _to_json(manifest: dict, more: dict) -> str:
@@ -271,7 +282,8 @@ def _move_files(part: Path, place: Path, replaced: str) -> None:
     folders = {place / name.parent for name in names}
     for target in (*folders, *(place / name for name in names)):
         if target.exists() and target.is_dir() != (target in folders):
-            raise ValueError(f"directory: {target} is in the way of a file or folder of this name; move it away")
+            shown = printable(str(target), 300)
+            raise ValueError(f"directory: {shown} is in the way of a file or folder of this name; move it away")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(names, key=lambda name: name.name == "flow.json"):
@@ -289,7 +301,8 @@ def _hold_while_moving(place: Path) -> Iterator[None]:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise ValueError(
-            f"directory: another process has been writing into {place} for {PATIENCE} s; pass another folder"
+            f"directory: another process has been writing into {printable(str(place), 300)} for {PATIENCE} s; "
+            f"pass another folder"
         ) from None
     try:
         yield
@@ -339,7 +352,7 @@ def _hidden(path: Path, ending: str) -> Path:
 
 def _save_picture(path: Path, picture: Picture) -> None:
     image = picture() if callable(picture) else picture
-    check_type("pictures", image, Image.Image, f"a PIL image as {path.name}")
+    _check_picture(path.name, image)
     try:
         image.save(path, compress_level=1)
     except OSError as error:
