@@ -97,9 +97,9 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if kind == "zip":
             _check_archive(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+        with open(path, "rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of old formats
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     except _Refused as error:
         raise ValueError(f"checkpoint: {name} {error}") from None
     except pickle.UnpicklingError as error:
@@ -262,6 +262,7 @@ _STANDS_FOR = {
         "numpy": _NUMPY,
         "numpy.core.multiarray": "_reconstruct scalar",
         "numpy._core.multiarray": "_reconstruct scalar",
+        "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
         "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
         "numpy.random._mt19937": "MT19937",
         "numpy.random._pcg64": "PCG64",

@@ -135,7 +135,7 @@ class Malicious:
         (
             "code.pth",
             lambda path: torch.save({"model": Malicious()}, path),
-            r"holds more than tensors \(print\) and is not loaded, because .*; save the weights alone where it was made: "
+            r"holds more than tensors \(print\) and is not loaded, because .*; save the weights alone .*: "
             r"torch.save\(model.state_dict\(\), FILE\)$",
         ),
         ("text.pth", lambda path: path.write_text("not weights"), "checkpoint: text.pth"),
