@@ -313,9 +313,10 @@ def attention_flow(
     plan = plan_of(model, images, rows)  # None: no known family; the run has to show what the model does
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; pass the importance of its features")
-    if any(parameter.is_inference() for parameter in model.parameters()):
+    parameter = reference_parameter(model)
+    if parameter.is_inference():
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
-    images = to_model(images, reference_parameter(model))
+    images = to_model(images, parameter)
 
     maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant == "heads")
     recorder = _recorder(plan, maps.on_gradient, memory, shortcuts)

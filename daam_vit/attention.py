@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from daam_vit.inputs import UnsupportedModel
+from daam_vit.libraries import failure
 from daam_vit.plan import AttentionLayer
 from daam_vit.state import Hook, eval_mode, hooks
 
@@ -97,11 +98,9 @@ class AttentionRecorder(TorchFunctionMode):
                     "model: it uses torch.utils.checkpoint itself, and what it recomputes is not seen; switch that off"
                 ) from error
             except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise UnsupportedModel(
-                    "model: it changes q, k, v or another tensor in place that the gradient needs; let it make a copy"
-                ) from error
+                if reason := failure(model, error):
+                    raise UnsupportedModel(reason) from error
+                raise
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Call a function that runs the attached model, and record its attention."""

@@ -97,10 +97,9 @@ def check_model(model: object) -> None:
         raise TypeError(f"model: a {type(model).__name__} has no forward; pass the whole model")
 
 
-def check_weights(model: nn.Module, parameter: Tensor) -> None:
-    """Raise a ValueError unless all weights have values, and this one is of a type in which torch computes."""
-    loaded_later = hasattr(model, "hf_device_map")  # by accelerate, when a module runs
-    if parameter.is_meta or (not loaded_later and any(p.is_meta for p in model.parameters())):
+def check_weights(parameter: Tensor) -> None:
+    """Raise a ValueError unless a parameter, on behalf of all, has values of a type in which torch computes."""
+    if parameter.is_meta:
         raise ValueError("model: its weights are on the meta device and have no values; load them first")
     if parameter.dtype not in FLOATS:
         raise ValueError(f"model: its weights are of {parameter.dtype}; convert it to floating point, model.float()")

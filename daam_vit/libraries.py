@@ -40,7 +40,7 @@ def class_names_of(model: nn.Module) -> list[str]:
 
 def check_input(model: nn.Module, images: Images, channels: int | None = None) -> None:
     """Raise unless a model has weights that can compute, and `images` the form that it takes; see `check_images`."""
-    check_weights(model, reference_parameter(model))
+    check_weights(reference_parameter(model))
     if isinstance(images, dict) and "timm.NaFlexVit" in class_names_of(model):
         check_patches(images)
     else:
@@ -52,13 +52,22 @@ def check_output(output: Tensor) -> None:
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModel(f"model: expected class scores or features (B, D), got an output {got}")
-    if output.is_meta:
-        raise ValueError("model: a part of it is on the meta device and has no values; load its weights first")
     if not torch.isfinite(output).all():
         raise ValueError(
             f"images: the model's output is not finite; look for NaN or inf in the images and the weights, "
             f"or for an overflow of {output.dtype}"
         )
+
+
+def failure(model: nn.Module, error: Exception) -> str:
+    """Say what about a model made its run fail, after an error of torch; "" if that is not known."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "model: a part of it is on the meta device and has no values; load its weights first"
+    if "Inference tensors cannot be saved" in str(error):
+        return "model: a part of it was made under torch.inference_mode(), which rules out gradients; make it outside"
+    if "modified by an inplace operation" in str(error):
+        return "model: it changes q, k, v or another tensor in place that the gradient needs; let it make a copy"
+    return ""
 
 
 def scores(model: nn.Module, images: Images) -> Tensor:
@@ -98,12 +107,12 @@ def features(model: nn.Module, images: Images) -> Tensor:
 
 
 def _misfit(model: nn.Module, images: Images, error: Exception) -> str:
-    """Say which argument made a forward fail: the one that begins the line, or none, in an empty line."""
+    """Say which argument made a forward fail, in a line that begins with it; "" if that is not known."""
     name, parameter, channels = type(model).__name__, reference_parameter(model), input_channels(model)
     if isinstance(error, AssertionError):  # timm and torchvision assert the size of the images
         return f"images: they do not fit {name}: {' '.join(str(error).split())}"
-    if parameter.is_inference() and torch.is_grad_enabled():
-        return "model: was made under torch.inference_mode(); run it under torch.no_grad(), or make it outside"
+    if reason := failure(model, error):
+        return reason
     if isinstance(images, Tensor) and images.shape[1] != channels:
         return f"images: the model takes {channels} channels, got {images.shape[1]}"
     if isinstance(images, Tensor) and (images.dtype, images.device) != (parameter.dtype, parameter.device):
@@ -153,8 +162,8 @@ def _features_of_timm(model: Any, images: Images) -> Tensor:
 
 def _run_transformers(model: Any, images: Images) -> Any:
     if next(iter(inspect.signature(model.forward).parameters), "") == "input_ids":
-        part = ".vision_model" if hasattr(model, "vision_model") else "the part that reads images"
-        raise UnsupportedModel(f"model: {type(model).__name__} reads text as well; pass its {part}")
+        part = "its .vision_model" if hasattr(model, "vision_model") else "a model that reads images alone"
+        raise UnsupportedModel(f"model: {type(model).__name__} reads text; pass {part}")
     return model(images, return_dict=True)
 
 
@@ -166,8 +175,9 @@ def _token_of_transformers(model: Any, images: Images) -> Tensor:
         if pooled is not None and getattr(model.config, "use_mean_pooling", False):  # BEiT
             return pooled
         return tokens[:, :2].mean(1) if distilled else tokens[:, 0]
-    if pooled is None:
-        lacks = "a classifier nor a last_hidden_state" if tokens is None else "a class token nor a pooler_output"
+    if pooled is None or "transformers.IJepaModel" in class_names_of(model):  # whose pooler reads the first patch
+        what = "a class token nor a pooler that reads all patches"
+        lacks = "a classifier nor a last_hidden_state" if tokens is None else what
         raise UnsupportedModel(
             f"model: {type(model).__name__} has neither {lacks}; wrap it in a module that returns features (B, D)"
         )

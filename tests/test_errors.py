@@ -42,6 +42,7 @@ from odd_models import (
 )
 from PIL import Image
 from support_table import REFUSED, from_transformers, naflex_batch, refusal, row_of
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY, random_images, tiny_timm, tiny_torchvision, tiny_vit
 from torch import nn
@@ -98,6 +99,24 @@ def with_mlp(mlp):
 def with_own_checkpoint():
     model = tiny_vit()
     model.blocks[1] = ChecksItself(model.blocks[1])
+    return model
+
+
+class OverwritesValues(Attention):
+    """Changes q, k and v in place after the attention has saved them for the gradient."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(*qkv)
+        qkv.zero_()
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def partly(change):
+    """Return a model whose second block is another kind."""
+    model = tiny_vit()
+    with torch.inference_mode(change is None):
+        model.blocks[1] = change(model.blocks[1]) if change else tiny_vit().blocks[1]
     return model
 
 
@@ -286,6 +305,12 @@ MODELS = [
     case("model: it uses torch.utils.checkpoint itself, and what it recomputes is not seen; switch that off$",
          with_own_checkpoint),
     case("model: it uses torch.utils.checkpoint itself", with_own_checkpoint, shortcuts=False),
+    *(
+        case("model: it changes q, k, v or another tensor in place that the gradient needs; let it make a copy$",
+             partial(tiny_vit, attn_layer=OverwritesValues), **way)
+        for way in ({}, {"shortcuts": False})
+    ),
+    case("model: it has no blocks, so there is nothing to decompose$", partial(tiny_vit, depth=0)),
     case("model: Augments attends in 4 images from 17 to 17 tokens.* expected 2 images and 1 \\+ 16 tokens",
          partial(tiny_vit, Augments)),
     case("model: the score of Early does not depend on every attention that was seen", partial(tiny_vit, Early)),
@@ -294,6 +319,8 @@ MODELS = [
         case(r"model: was made under torch\.inference_mode", partial(made_in_inference_mode, kind), error=ValueError)
         for kind in (VisionTransformer, Early)
     ),
+    case(r"model: a part of it was made under torch\.inference_mode\(\), which rules out gradients; make it outside$",
+         partial(partly, None)),
     case("model: .*crop_scale=True see different parts of the image",
          partial(tiny_timm, "crossvit_9_240", embed_dim=[32, 64], num_classes=5, crop_scale=True),
          torch.zeros(1, 3, 240, 240)),
@@ -361,3 +388,26 @@ def test_refused_models_say_what_helps(family, way_out):
 def test_what_was_refused_with_little_memory_is_computed_with_more():
     flow = attention_flow(with_block_that_changes(), IMAGES, memory="fast")
     assert (flow.block_maps > 0).any()
+
+
+def test_a_block_without_values():
+    model = tiny_vit()
+    model.blocks[1].to("meta")
+    with pytest.raises(ValueError, match="^model: a part of it is on the meta device and has no values; load"):
+        attention_flow(model, IMAGES)
+
+
+def test_the_error_of_torch_is_the_cause():
+    """It says which tensor was changed, on several lines."""
+    with pytest.raises(UnsupportedModel) as caught:
+        attention_flow(tiny_vit(attn_layer=OverwritesValues), IMAGES)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_an_exception_of_the_model_is_its_own():
+    model = tiny_vit()
+    model.blocks[1].mlp = nn.Linear(3, 3)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        attention_flow(model, IMAGES)
+    assert state_of(model) == before

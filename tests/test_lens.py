@@ -165,6 +165,10 @@ def test_models_that_do_not_go_straight_from_block_to_head(make, match, images):
 @pytest.mark.parametrize(
     "given, match",
     [
+        ({"head": "yes"}, "^head: expected True or False, got 'yes'$"),
+        ({"output": torch.full((2, 5), torch.nan)}, "^output: has NaN or infinite values; "),
+        ({"output": torch.ones(2, 5, dtype=torch.int64)}, "^output: expected floating point values, got torch.int64$"),
+        ({"output": torch.ones(5)}, r"^output: expected a tensor \(B, C\), not empty, got \(5,\)$"),
         ({"rows": "all"}, "^rows: expected 'class' or 'patches', got 'all'$"),
         ({"images": torch.zeros(3, 32, 32)}, r"^images: expected a tensor \(B, C, H, W\)"),
         ({"images": torch.full((2, 3, 32, 32), torch.nan)}, "^images: the model's output is not finite; "),
