@@ -5,27 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from command_line.options import Parser, find_device, number, precision
+from command_line.terminal import complain, say
 from daam_core import UnsupportedModel, overlay, render
+from daam_vit.text import printable
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
 from evaluation.explained import Explained
 from evaluation.methods import CANDIDATES, METHODS, photo_seed
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
-from evaluation.records import append_record, begin_run, repair_records
+from evaluation.photos import find_photos, name_of, path_of
+from evaluation.records import RECORD, append_record, check_out, check_records, repair_records, running
 from evaluation.report import write_report
 from evaluation.sanity import check, stages
 from memorybank import EMBEDDED_BANK, MemoryBank
 from models import architecture_of, load, weights_sha256
-from models.images import looks_like_image, read_image
+from models.images import read_image
+from models.schema import check_schema
 from models.versions import versions
 from models.weights import first_line
 
@@ -98,34 +101,50 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = parse_options(arguments)
-    sys.stdout.reconfigure(errors="replace")  # the tables have arrows
     try:
         evaluate(options)
     except (ValueError, OSError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        complain(f"error: {first_line(error)}")
         return 2
     except torch.OutOfMemoryError:
-        print("error: device: out of memory; try --device cpu", file=sys.stderr)
+        complain("error: device: out of memory; try --device cpu")
         return 2
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score every photo, check some of them, and write the report; continue what an earlier run recorded."""
-    if options.annotations is not None and not options.annotations.is_dir():
-        raise ValueError(f"annotations: there is no folder {options.annotations}; check the path")
-    photos = find_photos(options.images, options.list, without=[options.out, options.annotations])
+    if options.annotations is not None and not os.path.isdir(options.annotations):
+        raise ValueError(f"annotations: there is no folder {printable(str(options.annotations), 80)}; check the path")
+    check_out(options.out, options.images)
+    found = find_photos(options.images, options.list, without=[options.out, options.annotations])
+    photos = list(found)
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
     decision = find_decision(options)
     methods = find_methods(options.methods, decision)
-    model = decision.loaded.model.requires_grad_(False)
+    decision.loaded.model.requires_grad_(False)
     metadata = {"photos": len(photos), "versions": versions(*PACKAGES)}
-    begin_run(options.out, settings_of(options, decision, methods), metadata)
+    with running(options.out, settings_of(options, decision, methods), metadata) as run:
+        check_records(options.out, run, found)
+        measure(options, decision, run, photos)
+    say(f"tables and pictures: {options.out}")
+
+
+def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: list[str]) -> None:
+    """Record the photos that have no record yet, and write the report.
+
+    Args:
+        options: from `parse_options`.
+        decision: see `Decision`.
+        run: `run.json`.
+        photos: names, in the order of the run.
+    """
+    methods = run["methods"]
 
     def explained(name: str) -> Explained:
-        image = decision.loaded.transform(read_image(options.images / name)).unsqueeze(0)
-        image = image.to(next(model.parameters()).device)
+        image = decision.loaded.transform(read_image(path_of(options.images, name))).unsqueeze(0)
+        image = image.to(next(decision.loaded.model.parameters()).device)
         return Explained(decision, image, decision.shares(image).argmax(1), [name], options.seed)
 
     skipped: dict[str, str] = {}
@@ -139,10 +158,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
     def picture(record: dict, method: str) -> Image.Image:
         heat = METHODS[method](explained(record["photo"])).float().clamp(min=0).cpu()
-        return overlay(read_image(options.images / record["photo"]), render(heat))[0]
+        return overlay(read_image(path_of(options.images, record["photo"])), render(heat))[0]
 
-    print(write_report(options.out, picture))
-    print(f"tables and pictures: {options.out}")
+    say(*write_report(options.out, picture).splitlines())
 
 
 def settings_of(options: argparse.Namespace, decision: Decision, methods: list[str]) -> dict:
@@ -151,9 +169,9 @@ def settings_of(options: argparse.Namespace, decision: Decision, methods: list[s
         "model": decision.loaded.name,
         "weights_sha256": weights_sha256(decision.loaded.model),
         "bank": decision.bank and str(options.bank or "embedded"),
-        "images": str(options.images),
-        "list": options.list and str(options.list),
-        "annotations": options.annotations and str(options.annotations),
+        "images": name_of(options.images),
+        "list": options.list and name_of(options.list),
+        "annotations": options.annotations and name_of(options.annotations),
         "methods": methods,
         "baselines": options.baselines,
         "steps": options.steps,
@@ -181,12 +199,14 @@ def record_each(file: Path, photos: list[str], skipped: dict[str, str], measure:
     with tqdm(total=len(photos), initial=len(photos) - len(todo), desc=file.stem, unit="photo") as bar:
         for i, name in todo:
             try:
-                append_record(file, {"photo": name} | measure(i, name))
+                record = {"photo": name} | measure(i, name)
+                check_schema(record, RECORD, f"records: {printable(name, 80)}")  # a value may be NaN
+                append_record(file, record)
             except UnsupportedModel:
                 raise
             except ValueError as error:
                 if name not in skipped:
-                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                    complain(f"skipped: {error}")
                 skipped[name] = str(error)
             bar.update()
 
@@ -200,10 +220,11 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     by_block = explained.flow.accumulated[0].cpu() if options.blocks is None or i < options.blocks else maps[:0]
     every = torch.cat([maps, by_block])
     if not torch.isfinite(every).all():
-        raise ValueError(f"methods: a map of {name} is not finite; leave the method out with --methods")
+        raise ValueError(f"methods: a map of {printable(name, 80)} is not finite; leave the method out with --methods")
     region = None
     if options.annotations is not None:
-        region = region_of(options.annotations, options.images, name, read_image(options.images / name).size)
+        file = path_of(options.images, name)
+        region = region_of(options.annotations, options.images, file.relative_to(options.images), read_image(file).size)
     seed = photo_seed(name, options.seed)
     with precision(image.device, options.dtype):
         curves = removal_curves(decision, image, target, every, options.steps, options.baselines, seed)
@@ -231,51 +252,13 @@ def find_methods(words: list[str], decision: Decision) -> list[str]:
     """Return the methods that --methods names; ours is always one of them, as the others are compared with it."""
     unknown = [word for word in words if word not in (*METHODS, "all", "candidates")]
     if unknown:
-        raise ValueError(f"methods: {unknown[0]!r} is unknown; choose from all, candidates, {', '.join(METHODS)}")
+        raise ValueError(
+            f"methods: {printable(unknown[0], 80)!r} is unknown; choose from all, candidates, {', '.join(METHODS)}"
+        )
     as_ours = "daam-relu" if decision.bank is None else "daam-signed"
     all_of_them = [method for method in METHODS if method not in (*CANDIDATES, as_ours)]
     words = [w for word in words for w in {"all": all_of_them, "candidates": CANDIDATES}.get(word, [word])]
     return list(dict.fromkeys(["daam", *words]))
-
-
-def find_photos(folder: Path, listed: Path | None, without: list[Path | None]) -> list[str]:
-    """Find the images in a folder and its sub-folders, or those of a list.
-
-    Args:
-        folder: folder of the photos.
-        listed: file with one path in the folder per line; None: all images.
-        without: folders to skip, of results and annotations. If one is the folder of the photos itself, a PNG with the
-            name of another image is a mask.
-
-    Returns:
-        Paths in the folder, sorted.
-
-    Raises:
-        ValueError: if there are none, or a photo of the list is missing.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"images: there is no folder {folder}; check the path")
-    if listed is not None and not listed.is_file():
-        raise ValueError(f"list: there is no file {listed}; check the path")
-    if listed is None:
-        others = {path.resolve() for path in without if path is not None}
-        others = {path for path in others if folder.resolve() in path.parents}
-        walk = [(Path(root), names) for root, _, names in os.walk(folder, followlinks=True)]
-        walk = [(root, names) for root, names in walk if others.isdisjoint([root.resolve(), *root.resolve().parents])]
-        found = {root / name for root, names in walk for name in names if looks_like_image(name)}
-        if folder.resolve() in [path.resolve() for path in without if path is not None]:
-            photos = {file.with_suffix("") for file in found if file.suffix.lower() != ".png"}
-            found = {file for file in found if file.suffix.lower() != ".png" or file.with_suffix("") not in photos}
-        names = sorted(file.relative_to(folder).as_posix() for file in found)
-    else:
-        lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        names = sorted({PurePosixPath(line.strip()).as_posix() for line in lines if line.strip()})
-        missing = [name for name in names if not os.path.isfile(folder / name)]  # also False for an invalid name
-        if missing:
-            raise ValueError(f"list: {len(missing)} of its photos are not in {folder}, for example {missing[0]}")
-    if not names:
-        raise ValueError(f"images: {listed or f'the folder {folder}'} has no images")
-    return names
 
 
 def find_decision(options: argparse.Namespace) -> Decision:

@@ -235,7 +235,8 @@ def random(explained: Explained) -> Tensor:
 
 def photo_seed(name: str, seed: int) -> int:
     """Return a seed that depends on the name of a photo, not on its place in a run."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    text = f"{seed} {name}".encode("utf-8", "surrogateescape")  # a name need not be UTF-8, see `evaluation.photos`
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
 def centre(explained: Explained) -> Tensor:

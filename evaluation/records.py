@@ -4,7 +4,7 @@
     photos.jsonl    one line per photo: scores and curves of every method
     sanity.jsonl    one line per photo: rank correlations of every method
 
-A line is on the disk before the next photo begins.
+A line is on the disk before the next photo begins, and only one process writes at a time.
 """
 
 from __future__ import annotations
@@ -12,57 +12,129 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from daam_vit.files import atomic_write
+from daam_vit.locks import hold
+from daam_vit.text import printable
 from evaluation.metrics import METRICS, SANITY
+from models.schema import parse_json
 
 Values = dict[str, dict[str, dict[str, float]]]
 """Metric -> method -> photo -> value."""
 
+RUN = {
+    "model": str, "images": str, "photos": int, "methods": [str], "baselines": [str], "steps": int, "dtype": str,
+    "seed": int, "stages": [str],
+}  # fmt: skip
+"""Schema of `run.json`, see `models.schema`: the entries that a report needs."""
+SCORES = {str: (float, None)}
+RECORD = {
+    "photo": str,
+    "name": str,
+    "scores": {str: SCORES},
+    "curves": {str: {str: [float]}},
+    "blocks": ([SCORES], None),
+    "methods": {str: {"flip": (float, None), "class": (float, None), "randomised": ([float], None)}},
+}
+"""Schema of a line of `photos.jsonl` or `sanity.jsonl`; only the latter has "methods"."""
+REQUIRED = {"photos.jsonl": ("photo", "name", "scores"), "sanity.jsonl": ("photo", "methods")}
+"""Entries that every line must have."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def begin_run(out: Path, settings: dict, metadata: dict) -> None:
-    """Create the folder of a run, or continue the run that it holds.
+def check_out(out: Path, images: Path) -> None:
+    """Raise a ValueError if a run cannot be written into a folder, which need not exist yet, or should not."""
+    with writing(out), suppress(FileNotFoundError, NotADirectoryError):
+        out.lstat()  # an error if the name is too long
+    if os.path.realpath(out) == os.path.realpath(images):
+        raise ValueError("out: it is the folder of the photos; choose another one, or its pictures become photos")
+    present = next(path for path in [out.absolute(), *out.absolute().parents] if os.path.lexists(path))
+    if not (os.path.isdir(present) and os.access(present, os.W_OK | os.X_OK)):
+        what = "cannot be written" if os.path.isdir(present) else "is not a folder"
+        raise ValueError(f"out: {printable(str(present), 150)} {what}; choose another folder")
+
+
+@contextmanager
+def running(out: Path, settings: dict, metadata: dict) -> Iterator[dict]:
+    """Hold the folder of a run: create it, or continue the run that it holds.
 
     Args:
         out: the folder.
         settings: decide the results; a run is only continued with the same ones.
         metadata: also written to `run.json`, but not compared.
 
+    Yields:
+        `run.json`.
+
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: if another process holds the folder, or it holds a run with other settings.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "run.json").is_file():
-        present = read_settings(out)
-        different = [key for key, value in settings.items() if present.get(key) != value]
-        if different:
-            raise ValueError(f"out: {out} holds a run with another {different[0]}; choose another folder")
-    with atomic_write(out / "run.json") as part:
-        part.write_text(json.dumps(settings | metadata, indent=2) + "\n", encoding="utf-8")
+    run = settings | metadata
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with hold(out, "out", "another evaluation"):
+        for part in out.glob(".*.????????.part"):  # of a run that was killed: nobody else holds the folder
+            part.unlink()
+        if (out / "run.json").exists():
+            present = read_settings(out)
+            different = [key for key, value in settings.items() if present.get(key) != value]
+            if different:
+                raise ValueError(f"out: {out} holds a run with another {different[0]}; choose another folder")
+        with writing(out / "run.json"), atomic_write(out / "run.json") as part:
+            part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        yield run
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the path in the error of a full disk, or of a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"out: {printable(str(path), 150)} cannot be written: {error.strerror or error}; make room or choose "
+            "another folder; what was recorded is complete"
+        ) from None
+
+
+def check_records(out: Path, run: dict, photos: Iterable[str]) -> None:
+    """Raise a ValueError if a record in the folder of a run is of another run, or of a photo that is not one of these.
+
+    Last lines that a kill left unfinished are cut off.
+    """
+    known = set(photos)
+    for name in REQUIRED:
+        for record in repair_records(out / name, run):
+            if record["photo"] not in known:
+                photo = printable(record["photo"], 80)
+                raise ValueError(
+                    f"records: {out / name} has {photo}, which is not a photo of this run; delete its line"
+                )
 
 
 def append_record(file: Path, record: dict) -> None:
     """Append a line to a file; it is on the disk when this returns."""
-    with open(file, "ab") as lines:
+    with writing(file), open(file, "ab") as lines:
         lines.write(json.dumps(record).encode() + b"\n")
         lines.flush()
         os.fsync(lines.fileno())
 
 
-def repair_records(file: Path) -> list[dict]:
+def repair_records(file: Path, run: dict | None = None) -> list[dict]:
     """Return the records of a file, empty if there is none; cut off a last line that a kill left unfinished."""
-    if not file.is_file():
+    if not file.exists():
         return []
-    with open(file, "r+b") as lines:
+    _check_regular(file)
+    with writing(file), open(file, "r+b") as lines:
         lines.truncate(lines.read().rfind(b"\n") + 1)
-    return read_records(file)
+    return read_records(file, run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,38 +142,63 @@ def repair_records(file: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_records(path: str | Path) -> list[dict]:
+def read_records(path: str | Path, run: dict | None = None) -> list[dict]:
     """Return the records of a file, one JSON object with a "photo" per line; skip an unfinished last line.
 
+    Args:
+        path: `photos.jsonl` or `sanity.jsonl`.
+        run: `run.json`; the records must be of this run.
+
     Raises:
-        ValueError: if any other line is not a record.
+        ValueError: if any other line is not such a record.
     """
     records = []
+    _check_regular(Path(path))
     *whole, rest = Path(path).read_bytes().split(b"\n")  # no newline follows `rest`
     for number, line in enumerate([*whole, rest], 1):
         unfinished = number > len(whole)
+        source = f"records: line {number} of {path}"
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("photo"), str):
-                raise ValueError
-        except ValueError:  # also if it is not UTF-8
+            record = parse_json(line, RECORD, source, REQUIRED.get(Path(path).name, ("photo",)))
+            if run is not None:
+                _check_run(record, run, source)
+        except ValueError as error:
             if unfinished:
                 break
-            raise ValueError(f"records: line {number} of {path} is not the record of a photo; delete it") from None
+            raise ValueError(f"{str(error).removesuffix('; write it again')}; delete the line") from None
         records.append(record)
     return records
+
+
+def _check_run(record: dict, run: dict, source: str) -> None:
+    """Raise a ValueError if a record is of a run with other methods, steps or stages."""
+    lengths = {"scores": 0, "curves": run["steps"] + 1, "methods": len(run["stages"])}
+    for entry, length in lengths.items():
+        for method, values in record.get(entry, {}).items():
+            place = printable(f"{entry}.{method}", 80)
+            if method not in run["methods"]:
+                raise ValueError(f"{source} is of another run, which has {place}")
+            wrong = [value for value in values.values() if isinstance(value, list) and len(value) != length]
+            if wrong:
+                raise ValueError(f"{source} is of another run: {place} has {len(wrong[0])} values, not {length}")
+
+
+def _check_regular(file: Path) -> None:
+    """Raise a ValueError for a folder, or for a pipe, which would be read for ever."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"records: {file} is not a file; move it away")
 
 
 def read_run(directory: str | Path) -> tuple[dict, list[dict], list[dict]]:
     """Return `run.json` and the records of `photos.jsonl` and `sanity.jsonl`; the last one of every photo counts.
 
     Raises:
-        ValueError: if there is no run, no photo is done, or a file is damaged.
+        ValueError: if there is no run, no photo is done, or a file is damaged or of another run.
+        TypeError: if `directory` is not a path.
     """
-    directory = Path(directory)
     run = read_settings(directory)
-    files = [directory / "photos.jsonl", directory / "sanity.jsonl"]
-    photos, sanity = ({r["photo"]: r for r in read_records(path)} if path.exists() else {} for path in files)
+    files = [Path(directory, "photos.jsonl"), Path(directory, "sanity.jsonl")]
+    photos, sanity = ({r["photo"]: r for r in read_records(path, run)} if path.exists() else {} for path in files)
     if not photos:
         raise ValueError(f"directory: no photo in {directory} is done; let the evaluation run longer")
     return run, list(photos.values()), list(sanity.values())
@@ -112,16 +209,23 @@ def read_settings(directory: str | Path) -> dict:
 
     Raises:
         ValueError: if it is missing or damaged.
+        TypeError: if `directory` is not a path.
     """
-    file = Path(directory, "run.json")
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
+    file, source = Path(directory, "run.json"), f"directory: {Path(directory, 'run.json')}"
+    if not os.path.isfile(file):
+        raise ValueError(f"directory: {directory} has no run.json; choose the folder of an evaluation")
     try:
-        run = json.loads(file.read_bytes())
-        if not isinstance(run, dict):
-            raise ValueError
-    except FileNotFoundError:
-        raise ValueError(f"directory: {directory} has no run.json; choose the folder of an evaluation") from None
-    except ValueError:
-        raise ValueError(f"directory: {file} is damaged; run the evaluation again in another folder") from None
+        run: dict[str, Any] = parse_json(file.read_bytes(), RUN, source, tuple(RUN))
+        if not run["methods"]:
+            raise ValueError(f"{source}: methods is empty")
+        for name, least in {"seed": 0, "steps": 2}.items():
+            if run[name] < least:
+                raise ValueError(f"{source}: {name} should be at least {least}, got {run[name]}")
+    except ValueError as error:
+        reason = str(error).removesuffix("; write it again")
+        raise ValueError(f"{reason}; run the evaluation again in another folder") from None
     return run
 
 

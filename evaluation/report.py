@@ -15,7 +15,7 @@ from PIL import Image
 from daam_vit.files import atomic_write
 from evaluation.comparison import statistics
 from evaluation.figures import blocks_figure, curves_figure, sanity_figure
-from evaluation.records import block_values, photo_values, read_run, sanity_values
+from evaluation.records import block_values, photo_values, read_run, sanity_values, writing
 from evaluation.sheet import best_first, write_sheet
 from evaluation.tables import block_tables, method_tables, to_csv
 
@@ -35,10 +35,12 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
         The content of `table.md`.
 
     Raises:
-        ValueError: if there is no run, no photo is done, or a file is damaged.
+        ValueError: if there is no run, no photo is done, or a file is damaged or of another run.
+        TypeError: if `directory` is not a path.
+        OSError: if a file cannot be written.
     """
-    directory = Path(directory)
     run, photos, sanity = read_run(directory)
+    directory = Path(directory)
     methods, seed = run["methods"], run["seed"]
     values = photo_values(photos, methods) | sanity_values(sanity, methods)
     rows = statistics(values, methods[0], seed)
@@ -47,7 +49,7 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     if blocks:
         texts["blocks.md"] = block_tables(blocks, run)
     for name, text in texts.items():
-        with atomic_write(directory / name) as part:
+        with writing(directory / name), atomic_write(directory / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
     figures = {
         "curves.png": curves_figure(photos, run),
@@ -56,8 +58,9 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     }
     for name, figure in figures.items():
         if figure is not None:
-            with atomic_write(directory / name) as part:
+            with writing(directory / name), atomic_write(directory / name) as part:
                 figure.savefig(part, format="png")
     if picture is not None and any(best_first(photos, method) for method in methods):
-        write_sheet(photos, methods, picture, directory / "sheet.png")
+        with writing(directory / "sheet.png"):
+            write_sheet(photos, methods, picture, directory / "sheet.png")
     return texts["table.md"]

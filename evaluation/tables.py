@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
+from daam_vit.text import printable
 from evaluation.comparison import SIGNIFICANT, Row
 from evaluation.metrics import HEADINGS
 
@@ -54,7 +56,7 @@ def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
         return ""
     lines = [["", *map(_heading, metrics)]]
     for method in methods:
-        lines.append([method, *(_cell(by_name.get((method, metric)), rows) for metric in metrics)])
+        lines.append([_plain(method), *(_cell(by_name.get((method, metric)), rows) for metric in metrics)])
     lines.append(["photos", *(_count([row.n for row in rows if row.metric == metric]) for metric in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -91,12 +93,14 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
         run: `run.json`.
         done: number of photos that were scored.
     """
-    ours = run["methods"][0]
+    ours = _plain(run["methods"][0])
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     photos = f"{done} of {run['photos']} photos" if done < run["photos"] else f"{done} photo{'s' * (done != 1)}"
-    what = f"{photos} of `{run['images']}`, model `{run['model']}`; the maps explain the class that it predicts"
+    what = (
+        f"{photos} of {_code(run['images'])}, model {_code(run['model'])}; the maps explain the class that it predicts"
+    )
     if run["dtype"] != "float32":
-        what += f"; deletion and insertion are computed in {run['dtype']}"
+        what += f"; deletion and insertion are computed in {_plain(run['dtype'])}"
     notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is better."]
     if done > 1:
         notes += [
@@ -116,21 +120,40 @@ def _words(key: str) -> str:
     return HEADINGS[key][0] if key in HEADINGS else key
 
 
+def _plain(text: str) -> str:
+    """Return text for Markdown, on one line: what looks like its marks, or like HTML, stays text."""
+    return re.sub(r"[\\`*_\[\]<>&|]", r"\\\g<0>", printable(text))
+
+
+def _code(text: str) -> str:
+    """Return text as code of Markdown, on one line, between more backticks than it has in a row."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
 def block_tables(rows: Sequence[Row], run: dict) -> str:
     """Return the Markdown of the accumulated maps A_1 ... A_L; arguments as in `method_tables`."""
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     note = (
-        f"The attention flow of {run['methods'][0]}, block by block: its map after block b is the sum of the maps of "
-        f"blocks 1 to b. Model `{run['model']}`; mean [95 % bootstrap interval over the photos]; bold: best."
+        f"The attention flow of {_plain(run['methods'][0])}, block by block: its map after block b is the sum of the "
+        f"maps of blocks 1 to b. Model {_code(run['model'])}; mean [95 % bootstrap interval over the photos]; bold: "
+        "best."
     )
     return "\n".join(tables) + f"\n{note}\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return all rows as CSV, not rounded; NaN is empty."""
+    """Return all rows as CSV, not rounded; NaN is empty, and a text that a spreadsheet would compute begins with '."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: "" if value != value else value for key, value in asdict(row).items()})
+        writer.writerow({key: _csv_cell(value) for key, value in asdict(row).items()})
     return text.getvalue()
+
+
+def _csv_cell(value: str | float) -> str | float:
+    if isinstance(value, str):
+        return f"'{printable(value)}" if value[:1] in tuple("=+-@") else printable(value)
+    return "" if math.isnan(value) else value

@@ -1,5 +1,7 @@
 """Regions of annotations: boxes and masks pixel by pixel, the places where they are found, every error."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,13 +55,19 @@ def test_boxes_end_at_the_edge_of_the_picture(tmp_path):
     assert region_of(tmp_path, "photos", "b.jpg", SIZE) is None
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "I;16"])
+def mask_of(region, mode):
+    if numbers := {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode):
+        return Image.fromarray(region.astype(numbers) * 300)
+    grey = Image.fromarray(region.astype(np.uint8) * 255)
+    return grey.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr") else grey.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr"])
 def test_a_mask_is_all_that_is_not_black(tmp_path, mode):
     wanted = plain_region([(3, 2, 9, 7)])
-    grey = Image.fromarray(wanted.astype(np.uint8) * 255)
-    mask = Image.fromarray(wanted.astype(np.uint16) * 300) if mode == "I;16" else grey.convert(mode)
+    mask = mask_of(wanted, mode)
     assert mask.mode == mode
-    mask.save(tmp_path / "a.png")
+    mask.save(tmp_path / "a.png", "TIFF" if mode in ("I", "F", "CMYK", "YCbCr") else "PNG")
     np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), wanted)
     large = region_of(tmp_path, "photos", "a.jpg", (40, 36))
     np.testing.assert_array_equal(large, wanted.repeat(3, 0).repeat(2, 1))
@@ -70,6 +78,60 @@ def test_transparent_pixels_are_no_object(tmp_path):
     pixels[:, :5, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
     np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), plain_region([(6, 1, 20, 12)]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_colour_that_is_transparent_is_no_object(tmp_path, mode):
+    pixels = np.zeros((12, 20), np.uint8)
+    pixels[:, 4:] = 2
+    pixels[:, 12:] = 1
+    mask = Image.fromarray(pixels)
+    if mode == "P":
+        mask = mask.convert("P")
+        mask.putpalette([0, 0, 0] * 256)
+    elif mode != "L":
+        mask = mask.point(lambda v: 255 * (v == 2)).convert(mode)
+    mask.save(tmp_path / "a.png", transparency={"1": 0, "L": 1, "P": 1, "RGB": (0, 0, 0)}[mode])
+    np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), plain_region([(5, 1, 12, 12)]))
+
+
+def test_a_palette_with_transparency(tmp_path):
+    index = np.zeros((12, 20), np.uint8)
+    index[:, 4:] = 1
+    index[:, 12:] = 255
+    alpha = np.zeros((12, 20), np.uint8)
+    alpha[:6] = 255
+    mask = Image.fromarray(index).convert("P").convert("PA")
+    mask.putpalette([0, 0, 0] * 256)
+    mask.putalpha(Image.fromarray(alpha))
+    mask.save(tmp_path / "a.png", "TIFF")
+    assert Image.open(tmp_path / "a.png").mode == "PA"
+    np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), plain_region([(5, 1, 12, 6)]))
+
+
+def test_a_number_that_is_missing_is_no_object(tmp_path):
+    values = plain_region([(3, 2, 9, 7)]).astype(np.float32)
+    values[0] = np.nan
+    Image.fromarray(values).save(tmp_path / "a.png", "TIFF")
+    np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), plain_region([(3, 2, 9, 7)]))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, np.transpose),
+     (6, np.rot90), (7, lambda a: np.rot90(a, 2).T), (8, lambda a: np.rot90(a, -1)), (99, lambda a: a)],
+)  # fmt: skip
+def test_a_mask_is_turned_upright(tmp_path, orientation, turn):
+    """`turn` makes the stored picture of the upright one."""
+    wanted, exif = plain_region([(3, 2, 9, 5)]), Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(np.ascontiguousarray(turn(wanted)).astype(np.uint8) * 255).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), wanted)
+
+
+def test_a_mask_with_broken_metadata(tmp_path):
+    Image.new("L", SIZE, 255).save(tmp_path / "a.png", exif=b"Exif\0\0no block")
+    assert region_of(tmp_path, "photos", "a.jpg", SIZE).all()
 
 
 def test_the_void_border_of_voc_is_no_object_and_a_dark_palette_is(tmp_path):
@@ -133,12 +195,39 @@ def test_a_damaged_xml(tmp_path, text):
     one_line(error, "a.xml is damaged", "repair or remove it")
 
 
-@pytest.mark.parametrize("box", [(5, 1, 2, 3), (1, 3, 2, 2), ("inf", 1, "inf", 3)])
+@pytest.mark.parametrize(
+    "box",
+    [(5, 1, 2, 3), (1, 3, 2, 2), ("inf", 1, "inf", 3), ("-inf", 1, 3, 3), (1, 1, "nan", 3), ("1e308", 1, "1e308", 3)],
+)
 def test_a_box_with_swapped_sides(tmp_path, box):
     write_xml(tmp_path / "a.xml", [box])
     with pytest.raises(ValueError) as error:
         region_of(tmp_path, "photos", "a.jpg", SIZE)
     one_line(error, "a.xml is damaged", "its sides are swapped")
+
+
+def test_a_box_that_is_far_too_large(tmp_path):
+    write_xml(tmp_path / "a.xml", [("-1e300", 2, "1e300", 3)])
+    np.testing.assert_array_equal(region_of(tmp_path, "photos", "a.jpg", SIZE), plain_region([(1, 2, 20, 3)]))
+    write_xml(tmp_path / "a.xml", [("1e300", 2, "1e301", 3)])
+    assert region_of(tmp_path, "photos", "a.jpg", SIZE) is None
+
+
+@pytest.mark.parametrize("side", [-1, 10**400, "9" * 5000, "nan", "1e3"])
+def test_a_photo_of_impossible_size(tmp_path, side):
+    write_xml(tmp_path / "a.xml", [(1, 1, 2, 2)], (side, 12))
+    with pytest.raises(ValueError) as error:
+        region_of(tmp_path, "photos", "a.jpg", SIZE)
+    one_line(error, "a.xml is damaged", "repair or remove it")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".png"])
+def test_an_annotation_that_is_not_a_file(tmp_path, suffix):
+    """A pipe would be read for ever."""
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(ValueError, match=rf"^annotations: .*a{suffix} is not a file; remove it$"):
+        region_of(tmp_path, "photos", "a.jpg", SIZE)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -153,7 +242,8 @@ def test_entities_are_refused(tmp_path, encoding):
 def test_a_damaged_mask(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20), np.uint8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
-    for damaged in (b"", b"no picture", whole[: len(whole) // 2]):
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 12\n"
+    for damaged in (b"", b"no picture", whole[: len(whole) // 2], program):
         (tmp_path / "a.png").write_bytes(damaged)
         with pytest.raises(ValueError) as error:
             region_of(tmp_path, "photos", "a.jpg", SIZE)

@@ -2,12 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -15,11 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from scripts import ROOT, call, one_line_error
+from scripts import ROOT, call, no_leftovers, one_line_error
 from tiny_banks import BACKBONE, rows, write_backbone, write_bank
 from tiny_models import tiny_timm
+from tiny_pictures import tree
 
-from evaluation.command import find_photos, main
+from daam_vit.locks import hold
+from evaluation.command import main
 from evaluation.methods import METHODS
 
 
@@ -27,9 +29,9 @@ def command(*options):
     return [sys.executable, "-m", "evaluation", *map(str, options)]
 
 
-def run(*options, env):
+def run(*options, env, **more):
     """Run the command as a user does."""
-    return subprocess.run(command(*options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command(*options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **more)
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def test_what_is_written(evaluated):
     assert float(row["mean"]) == pytest.approx(mean, abs=1e-4) and row["n"] == "3"
     for name in ("curves.png", "blocks.png", "sanity.png", "sheet.png"):
         assert min(Image.open(out / name).size) > 200
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert no_leftovers(out) and not (out / ".holder").exists()
 
 
 def test_same_command_again_computes_nothing_new(evaluated, evaluate):
@@ -178,26 +180,30 @@ def test_nothing_can_be_scored(weights, evaluate, tmp_path):
 def test_a_damaged_run(evaluated, evaluate, tmp_path):
     (tmp_path / "run.json").write_text("[]")
     result = evaluate(*evaluated[2], "--out", tmp_path)
-    one_line_error(result, "run.json is damaged; run the evaluation again in another folder")
+    one_line_error(result, "run.json: it should be an object, got []; run the evaluation again in another folder")
+    assert (tmp_path / "run.json").read_text() == "[]"
 
 
-def test_photos_of_a_folder(tmp_path):
-    """Masks beside the photos, earlier results and hidden files are skipped; links to folders are followed."""
-    place = tmp_path / "photos"
-    (place / "out").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("a.jpg", "a.png", "b.png", ".c.png", "out/curves.png"):
-        (place / name).touch()
-    (tmp_path / "elsewhere" / "d.jpg").touch()
-    (place / "linked").symlink_to(tmp_path / "elsewhere")
-    assert find_photos(place, None, [place / "out", None]) == ["a.jpg", "a.png", "b.png", "linked/d.jpg"]
-    assert find_photos(place, None, [place / "out", place]) == ["a.jpg", "b.png", "linked/d.jpg"]
-    assert find_photos(place, None, [place / "out", place / "out" / ".."]) == ["a.jpg", "b.png", "linked/d.jpg"]
-    above = find_photos(place, None, [tmp_path, None])  # results beside the folder of the photos, not in it
-    assert above == find_photos(place, None, []) == ["a.jpg", "a.png", "b.png", "linked/d.jpg", "out/curves.png"]
-    listed = tmp_path / "list.txt"
-    listed.write_text("\ufeff./b.png\n\nb.png\na.jpg\n", encoding="utf-8")
-    assert find_photos(place, listed, []) == ["a.jpg", "b.png"]
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("sanity.jsonl", '{"photo": "flower.jpg"}\n', "records: line 2 of {}/sanity.jsonl has no 'methods'; delete"),
+        (
+            "photos.jsonl",
+            '{"photo": "a", "name": "b", "scores": {}}\n',
+            "has a, which is not a photo of this run; delete",
+        ),
+    ],
+)
+def test_damaged_records_are_found_first(file, text, message, evaluated, evaluate, tmp_path):
+    """Before hours of work, not after."""
+    out = tmp_path / "run"
+    shutil.copytree(evaluated[0], out)
+    with open(out / file, "a") as records:
+        records.write(text)
+    before = tree(out)
+    one_line_error(evaluate(*evaluated[2], "--out", out), message.format(out))
+    assert tree(out) == before
 
 
 def test_a_model_that_a_method_cannot_follow(some, evaluate, tmp_path):
@@ -214,26 +220,103 @@ def test_a_model_that_a_method_cannot_follow(some, evaluate, tmp_path):
     assert len(lines(tmp_path / "other" / "sanity.jsonl")) == 1
 
 
-def test_a_killed_run_continues(evaluated, offline, tmp_path):
-    """Killed after its first photo, with half a line: the records are those of a run that was not."""
+KILLER = """
+import os
+
+call, number, count = getattr(os, "{name}"), {signal}, 0
+
+
+def killed(*arguments):
+    global count
+    count += str(arguments[-1]).endswith("{last}")
+    if count == {times}:
+        os.kill(os.getpid(), number)
+    return call(*arguments)
+
+
+os.{name} = killed
+"""
+"""Module that ends the process by a signal, when a function of `os` is called."""
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "last", "times"),
+    [
+        (signal.SIGKILL, "fsync", "", 1),  # the first record is written
+        (signal.SIGTERM, "fsync", "", 2),
+        (signal.SIGKILL, "replace", "curves.png", 1),  # its temporary file is written
+        (signal.SIGTERM, "replace", "table.csv", 1),
+    ],
+)
+def test_a_killed_run_continues(number, name, last, times, evaluated, evaluate, offline, tmp_path):
+    """With half a line at the end: in the end every file is that of a run that was not killed."""
     whole, _, options = evaluated
     killed = tmp_path / "killed"
-    file = killed / "photos.jsonl"
-    process = subprocess.Popen(command(*options, "--out", killed), cwd=ROOT, env=offline, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not (file.is_file() and file.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = file.read_bytes().count(b"\n")
-    assert 1 <= done < 3
-    with open(file, "ab") as cut:
+    text = KILLER.format(name=name, last=last, times=times, signal=int(number))
+    (tmp_path / "sitecustomize.py").write_text(text)
+    result = run(*options, "--out", killed, env=offline | {"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == (-9 if number == signal.SIGKILL else 128 + 15), result.stderr
+    assert no_leftovers(killed) == (number == signal.SIGTERM or name == "fsync")
+    assert len(lines(killed / "photos.jsonl")) == (times if name == "fsync" else 3)
+    with open(killed / "photos.jsonl", "ab") as cut:
         cut.write(b'{"photo": "flower.jpg", "sco')
-    result = run(*options, "--out", killed, env=offline)
+    result = evaluate(*options, "--out", killed)
     assert result.returncode == 0, result.stderr
-    for name in ("photos.jsonl", "sanity.jsonl"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    ours, theirs = tree(killed), tree(whole)
+    ours.pop(".holder", None)  # of the process that was killed
+    assert {k for k in ours if ours[k] != theirs.get(k)} == set() and ours.keys() == theirs.keys()
+
+
+def test_a_folder_that_another_run_holds(evaluated, evaluate, tmp_path):
+    whole, _, options = evaluated
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    with hold(out, "out", "another evaluation"):
+        before = tree(out)
+        one_line_error(evaluate(*options, "--out", out), f"out: another evaluation is running in {out}, by process ")
+        assert tree(out) == before
+    assert evaluate(*options, "--out", out).returncode == 0
+
+
+def test_a_disk_that_is_full(evaluated, evaluate, offline, tmp_path):
+    """No file can have more bytes than the first record: one line, and the same command continues."""
+    resource = pytest.importorskip("resource")
+    whole, _, options = evaluated
+    first = (whole / "photos.jsonl").read_bytes().split(b"\n")[0] + b"\n"
+    limit = len(first) + 100
+    assert limit > (whole / "run.json").stat().st_size
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    result = run(*options, "--out", tmp_path / "run", env=offline, preexec_fn=small)
+    one_line_error(result, f"error: out: {tmp_path}/run/photos.jsonl cannot be written: File too large; make room")
+    assert (tmp_path / "run" / "photos.jsonl").read_bytes().startswith(first)
+    result = evaluate(*options, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "photos.jsonl").read_bytes() == (whole / "photos.jsonl").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text here")
+def test_names_that_the_locale_cannot_encode(weights, evaluate, offline, tmp_path):
+    """All photos are evaluated, and a run in another locale continues."""
+    photos, out = tmp_path / "Fotos é", tmp_path / "out é"
+    (photos / "Ф").mkdir(parents=True)
+    shutil.copy(ROOT / ".img" / "flower.jpg", photos / "Ф" / "ü.jpg")
+    shutil.copy(ROOT / ".img" / "coffee.png", os.fsencode(photos) + b"/\xff.png")
+    os.mkfifo(photos / "pipe\x1b[2J.png")
+    (tmp_path / "list é").write_bytes(b"./\xff.png\n\xd0\xa4/\xc3\xbc.jpg\n")
+    options = ("--checkpoint", weights, "--images", photos, *QUICK, "--methods", "random")
+    ascii_only = offline | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = run(*options, "--out", out, env=ascii_only)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert r"pipe\x1b[2J.png is a named pipe, not an image file" in result.stderr and "\x1b[2J" not in result.stderr
+    records = (out / "photos.jsonl").read_bytes()
+    assert sorted(record["photo"] for record in lines(out / "photos.jsonl")) == ["Ф/ü.jpg", "\udcff.png"]
+    assert "of `" + str(photos) + "`, model" in (out / "table.md").read_text(encoding="utf-8")
+    result = evaluate(*options, "--out", out)
+    assert result.returncode == 0 and (out / "photos.jsonl").read_bytes() == records, result.stderr
+    result = evaluate(*options, "--list", tmp_path / "list é", "--out", tmp_path / "listed")
+    assert result.returncode == 0, result.stderr
+    found = [{r["photo"]: r["scores"] for r in lines(folder / "photos.jsonl")} for folder in (out, tmp_path / "listed")]
+    assert found[0] == found[1]
 
 
 def test_all_methods_with_a_memory_bank(some, evaluate, tmp_path):
@@ -272,6 +355,14 @@ def test_embedded_self_supervised_model(some, evaluate, tmp_path):
         (["--list", "no.txt"], "list: there is no file no.txt; check the path"),
         (["--annotations", "no"], "annotations: there is no folder no; check the path"),
         (["--limit", "0"], "argument --limit: expected 1 to "),
+        (["--limit", "1.5"], "argument --limit: expected 1 to "),
+        (["--steps", "1"], "argument --steps: expected 2 to 1000"),
+        (["--steps", "nan"], "argument --steps: expected 2 to 1000"),
+        (["--blocks", "-1"], "argument --blocks: expected 0 to "),
+        (["--sanity", "-1"], "argument --sanity: expected 0 to "),
+        (["--seed", "-1"], "argument --seed: expected 0 to "),
+        (["--images", "x" * 5000], "images: there is no folder xxx"),
+        (["--methods", "x" * 5000], "is unknown; choose from all, candidates, "),
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
     ],
 )
@@ -279,6 +370,19 @@ def test_refusals(options, message, evaluate, tmp_path):
     given = ["--images", ROOT / ".img", "--out", tmp_path / "out", *options]
     one_line_error(evaluate(*given), "error: ", message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "broken", "x" * 5000, "photos", "photos/cup/.."])
+def test_a_folder_that_cannot_be_used(out, evaluate, tmp_path, monkeypatch):
+    """This is found before the model is loaded."""
+    (tmp_path / "photos" / "cup").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere")
+    monkeypatch.setattr("evaluation.command.find_decision", None)
+    shutil.copy(ROOT / ".img" / "flower.jpg", tmp_path / "photos")
+    before = tree(tmp_path)
+    one_line_error(evaluate("--images", tmp_path / "photos", "--out", tmp_path / out), "error: out: ", "choose another")
+    assert tree(tmp_path) == before
 
 
 def test_help(evaluate):

@@ -1,7 +1,12 @@
 """The report of the evaluation: its files, whole or none, and every error."""
 
+import copy
 import csv
+import errno
 import io
+import json
+import math
+import os
 
 import pytest
 from PIL import Image
@@ -97,9 +102,9 @@ def test_files_are_written_atomically(tmp_path, monkeypatch):
     ("files", "message"),
     [
         ({}, "directory: {} has no run.json; choose the folder of an evaluation"),
-        ({"run.json": "{"}, "directory: {}/run.json is damaged; run the evaluation again in another folder"),
+        ({"run.json": "{"}, "directory: {}/run.json cannot be read as JSON: "),
         ({"photos.jsonl": ""}, "directory: no photo in {} is done; let the evaluation run longer"),
-        ({"photos.jsonl": "{\n"}, "records: line 1 of {}/photos.jsonl is not the record of a photo; delete it"),
+        ({"photos.jsonl": "{\n"}, "records: line 1 of {}/photos.jsonl cannot be read as JSON: "),
     ],
 )
 def test_a_folder_without_a_report(files, message, tmp_path):
@@ -109,4 +114,112 @@ def test_a_folder_without_a_report(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as error:
         write_report(tmp_path)
-    assert str(error.value) == message.format(tmp_path)
+    assert str(error.value).startswith(message.format(tmp_path)) and ";" in str(error.value)
+
+
+def test_a_directory_that_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "run.json")
+    for directory in (tmp_path, tmp_path / "file", tmp_path / "no", str(tmp_path / ("x" * 5000))):
+        with pytest.raises(ValueError, match="^directory: .* has no run.json; choose the folder of an evaluation$"):
+            write_report(directory)
+    for directory in (None, 5, b"there"):
+        with pytest.raises(TypeError, match=f"^directory: expected a path, got {type(directory).__name__}$"):
+            write_report(directory)
+
+
+def changed(value, path, new):
+    """Return a copy of parsed JSON with another value at a path; `...` deletes it."""
+    value = copy.deepcopy(value)
+    at = value
+    for key in path[:-1]:
+        at = at[key]
+    if new is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = new
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "reason"),
+    [
+        (["methods"], ..., "has no 'methods'"),
+        (["methods"], None, "methods should be a list, got null"),
+        (["methods"], [], "methods is empty"),
+        (["methods"], ["daam", 5], "methods[1] should be a text, got 5"),
+        (["baselines"], {"mean": 1}, "baselines should be a list"),
+        (["seed"], 0.5, "seed should be a whole number, got 0.5"),
+        (["seed"], True, "seed should be a whole number, got true"),
+        (["seed"], -1, "seed should be at least 0, got -1"),
+        (["steps"], 0, "steps should be at least 2, got 0"),
+        (["photos"], "20", 'photos should be a whole number, got "20"'),
+        (["stages"], [["head"]], "stages[0] should be a text"),
+        (["model"], None, "model should be a text, got null"),
+        (["images"], 5, "images should be a text, got 5"),
+        (["dtype"], ..., "has no 'dtype'"),
+    ],
+)
+def test_a_damaged_run(path, new, reason, tmp_path):
+    run = changed(write_run(tmp_path, make_photos(2), make_sanity(1)), path, new)
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ValueError) as error:
+        write_report(tmp_path)
+    start, end = f"directory: {tmp_path}/run.json", "; run the evaluation again in another folder"
+    assert str(error.value).startswith(start) and reason in str(error.value) and str(error.value).endswith(end)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "new", "reason"),
+    [
+        ("photos.jsonl", [1, "photo"], ..., "has no 'photo'"),
+        ("photos.jsonl", [1, "scores"], ..., "has no 'scores'"),
+        ("photos.jsonl", [1, "name"], 5, "name should be a text, got 5"),
+        ("photos.jsonl", [1, "scores", "gae"], {}, "is of another run, which has scores.gae"),
+        ("photos.jsonl", [1, "curves", "daam", "deletion_mean"], [1, 0], "curves.daam has 2 values, not 5"),
+        ("photos.jsonl", [1, "curves", "daam", "deletion_mean"], [math.inf] * 5, "should be a number, got Infinity"),
+        ("sanity.jsonl", [1, "methods"], ..., "has no 'methods'"),
+        ("sanity.jsonl", [1, "methods", "gae"], {}, "is of another run, which has methods.gae"),
+        ("sanity.jsonl", [1, "methods", "daam", "randomised"], [1], "methods.daam has 1 values, not 3"),
+    ],
+)
+def test_records_of_another_run(file, path, new, reason, tmp_path):
+    write_run(tmp_path, make_photos(3), make_sanity(3))
+    records = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+    lines = [json.dumps(record) for record in changed(records, path, new)]
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError) as error:
+        write_report(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"records: line 2 of {tmp_path / file}") and message.endswith("; delete the line")
+    assert reason in message
+    (tmp_path / file).write_text("\n".join(lines[:1] + lines[2:]) + "\n")  # the line is deleted
+    write_report(tmp_path)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    write_run(tmp_path, make_photos(3))
+    records = (tmp_path / "photos.jsonl").read_bytes()
+
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"^out: .*curves\.png cannot be written: No space left on device; make room"):
+        write_report(tmp_path)
+    assert (tmp_path / "photos.jsonl").read_bytes() == records and not list(tmp_path.glob(".*"))
+
+
+def test_names_that_are_not_plain(tmp_path):
+    """Of the folder, the model and the classes: they are written on one line, and no mark of Markdown begins."""
+    run = write_run(tmp_path, [record | {"name": "\udcff|\n</script>"} for record in make_photos(2)])
+    odd = {"images": "a`b``\n# c|\udcff</script>", "model": "`"}
+    (tmp_path / "run.json").write_text(json.dumps(run | odd))
+    markdown = write_report(tmp_path, red_picture)
+    assert "\n2 of 20 photos of ``` a`b``\\n# c|\\udcff</script> ```, model `` ` ``; the maps" in markdown
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".jsonl", ".md", ".csv", ".png"}

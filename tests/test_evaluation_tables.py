@@ -55,6 +55,22 @@ def test_csv_is_read_back_as_it_was():
     assert to_csv([]) == header + "\n"
 
 
+def test_a_method_with_marks_of_a_table():
+    """In a row and a column of its own, as text."""
+    name = "=a|b\n`*<i>"
+    table = markdown_table(
+        [Row("daam", "iou", "higher", 1, 0.5, NAN, NAN), Row(name, "iou", "higher", 1, 0.2, NAN, NAN)], ["iou"]
+    )
+    assert len(table.splitlines()) == 5 and len({len(line) for line in table.splitlines()}) == 1
+    assert table.splitlines()[3].split(" | ")[0] == r"| =a\|b\\n\`\*\<i\>"
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@sum"])
+def test_a_spreadsheet_computes_nothing(name):
+    (row,) = csv.DictReader(io.StringIO(to_csv([Row(name, "iou", "higher", 1, -0.5, NAN, NAN)])))
+    assert row["method"] == f"'{name}" and row["mean"] == "-0.5"
+
+
 def test_a_meaning_of_every_metric():
     for metric in metrics.HEADINGS:
         assert sum(metric.startswith(key) for key in tables.MEANINGS) == 1
