@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -302,13 +302,17 @@ def _listed(value: object) -> list:
 
 def check_output_dir(folder: Path) -> None:
     """Raise a ValueError unless files can be written to a folder, or to the one in which it would be made."""
+    missing: list[str] = []
     try:
         for existing in (folder.absolute(), *folder.absolute().parents):
             try:
                 os.lstat(existing)
                 break
             except FileNotFoundError:
-                continue
+                missing.append(existing.name)
+        for name in missing:
+            with suppress(FileNotFoundError):
+                os.lstat(existing / name)  # it may be too long
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(1 << 16))  # does not fit on a full disk
     except OSError as error:
