@@ -1,7 +1,8 @@
 """Measure how fast a memory bank is built and queried, compared with a lower bound, within one run.
 
     python benchmarks/memory_bank.py build --train FOLDER      images/s, beside a loader and forward without a bank
-    python benchmarks/memory_bank.py query                     a bank of the size of ImageNet, beside one read of it
+    python benchmarks/memory_bank.py query                     a bank of the size of ImageNet, beside one read of it;
+                                                               also how long it takes to open it
 
 The bank of the queries is random, 1,281,167 x 384 float16, in a temporary file (984 MB) that is mapped like a real one.
 """
@@ -112,7 +113,7 @@ def benchmark_query(options: argparse.Namespace) -> None:
     rows, width = bank.features.shape
     queries = {batch: torch.randn(batch, width) for batch in options.batch}
     times: dict[int, list[float]] = {batch: [] for batch in (0, *queries)}  # 0: one read of the bank
-    extra = {}
+    extra, opening, one = {}, [], []
     for batch, query in queries.items():
         with Watch() as watch:
             bank.importance(query)  # also warms up
@@ -121,10 +122,15 @@ def benchmark_query(options: argparse.Namespace) -> None:
         times[0].append(seconds(lambda: bank.features.view(torch.int64).sum()))
         for batch, query in queries.items():
             times[batch].append(seconds(bank.importance, query))
+        opening.append(seconds(MemoryBank.load, options.bank))
+        one.append(seconds(bank.nearest, torch.randn(width)))
     print(f"{rows} x {width} {bank.features.dtype}, {bank.features.nbytes / 1e6:.0f} MB, "
           f"{torch.get_num_threads()} threads, {options.repeat} times in turn")  # fmt: skip
     print(f"  one read of the bank: {summary(times[0])}, "
           f"{bank.features.nbytes / 1e9 / statistics.median(times[0]):.1f} GB/s")  # fmt: skip
+    ratios = [a / b for a, b in zip(opening, one)]
+    print(f"  opening: {summary(opening)}, {statistics.median(ratios):.2f} x a query of one feature "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
     for batch in queries:
         ratios = [a / b for a, b in zip(times[batch], times[0])]
         print(f"  {batch:>3} at once, k = 20: {summary(times[batch])}, {statistics.median(ratios):.2f} reads "

@@ -7,7 +7,7 @@
 This is non-parametric instance discrimination (Wu, Xiong, Yu, Lin, CVPR 2018, https://arxiv.org/abs/1805.01978), as in
 the k-NN evaluation of DINO (https://github.com/facebookresearch/dino, eval_knn.py). A bank is a folder:
 
-    trainfeat.pth       (M, D)  float16 or float32, rows L2-normalised
+    trainfeat.pth       (M, D)  float16 or float32, rows L2-normalised; saved by torch or numpy
     trainlabels.pth     (M,)    integers, the class of every row
     testfeat.pth, testlabels.pth    the same for other images; read by the evaluation only
     bank.json           model, checkpoint, transform, class names, files, counts, versions; absent in DINO's banks
@@ -17,10 +17,10 @@ the k-NN evaluation of DINO (https://github.com/facebookresearch/dino, eval_knn.
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
 from collections import Counter
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -29,20 +29,22 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from daam_core import dimension_importance, neighbour_votes
+from daam_vit.text import printable
+from memorybank.files import TILE, read_metadata, read_pair, shown, unusual_kind
 from models.weights import first_line
 
 __all__ = ["MemoryBank", "Vote", "read_pair"]
 
 EMBEDDED_BANK = Path(__file__).parent / "embedded"
 """Folder of the bank that is stored in the repository."""
-TILE, SLAB = 4096, 64
-"""Rows that become float32 at once (6 MB at D = 384), and rows of each matrix product in a batched product.
+SLAB = 64
+"""Rows of each matrix product in a batched product of `TILE` rows.
 
 The products are small so that they run on all cores; one large product with a single query would run on one."""
 MIN_TEMPERATURE = 0.02
 """Lowest temperature, at which exp(1 / 0.02) is still far below the largest float32."""
-MAX_CLASSES = 1_000_000
-"""Number of classes; a label beyond it is treated as corruption."""
+IMAGENET = "ImageNet2012"
+"""The folder of banks that have no bank.json and hold ImageNet, `memorybank/DINO/ImageNet2012/<model>`."""
 SPAN = 1 << 22
 """Similarities that are computed before the best are selected (16 MB)."""
 
@@ -82,49 +84,85 @@ class MemoryBank:
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> MemoryBank:
-        """Open the training features and labels of a bank.
+        """Open the training features and labels of a bank, and check all of them once.
 
         Args:
             directory: the folder of the bank.
             device: the device of the features; on the CPU they are memory-mapped and read when they are needed.
 
         Raises:
-            ValueError: if a file is missing or damaged or holds more than tensors, or if features, labels and bank.json
-                do not agree.
+            ValueError: if a file is missing or damaged or holds more than tensors, a row is not finite or not
+                L2-normalised, or features, labels and bank.json do not agree.
         """
         directory = Path(directory)
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
+            folder = shown(directory)
             raise ValueError(
-                f"bank: there is no folder {directory}; build one: "
-                f"python -m memorybank build --model NAME --train FOLDER --out {directory}"
+                f"bank: there is no folder {folder}; build one: "
+                f"python -m memorybank build --model NAME --train FOLDER --out {folder}"
             )
-        metadata = _read_json(directory / "bank.json")
+        metadata = read_metadata(directory)
         features, labels = read_pair(directory, "train")
         names = metadata.get("class_names")
-        if names is None and _is_imagenet(directory, labels):
+        if not metadata and _is_imagenet(directory, labels):
             names = ImageNetInfo().label_descriptions()
-        if names is not None and labels.max() >= len(names):
-            raise ValueError(
-                f"bank: {directory / 'trainlabels.pth'} has the label {labels.max()}, "
-                f"but there are {len(names)} classes"
-            )
         files = metadata.get("train", {}).get("files")
+        try:
+            bank = cls(directory, features.to(device), labels.to(device), names, files, metadata)
+        except Exception as error:  # torch raises many kinds of errors for a device that it does not have
+            raise ValueError(f"device: {printable(str(device), 80)} cannot be used: {first_line(error)}") from error
+        bank._check_split("train", labels)
+        return bank
+
+    def read_test(self) -> tuple[Tensor, Tensor] | None:
+        """Return features `(N, D)` and labels `(N,)` of the test pair, on the CPU; None if the bank has none.
+
+        Raises:
+            ValueError: as in `load`; also if the pair does not fit the training features.
+        """
+        if not any((self.directory / name).is_file() for name in ("testfeat.pth", "testlabels.pth")):
+            return None
+        features, labels = read_pair(self.directory, "test")
+        widths = features.shape[1], self.features.shape[1]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"bank: {shown(self.directory / 'testfeat.pth')} has features of width {widths[0]}, "
+                f"those of the train pair have {widths[1]}; build the bank again"
+            )
+        self._check_split("test", labels)
+        return features, labels
+
+    def _check_split(self, split: str, labels: Tensor) -> None:
+        """Raise a ValueError unless the labels of a split fit the classes and what bank.json says."""
+        classes = self.num_classes
+        if labels.max() >= classes:
+            file = shown(self.directory / f"{split}labels.pth")
+            raise ValueError(f"bank: {file} has the label {labels.max()}, but there are {classes} classes")
+        said, json = self.metadata.get(split, {}), shown(self.directory / "bank.json")
+        count, files = said.get("count", len(labels)), said.get("files")
+        if count != len(labels):
+            raise ValueError(f"bank: {json}: {split}.count is {count} for {len(labels)} features")
         if files is not None and len(files) != len(labels):
-            raise ValueError(f"bank: {directory / 'bank.json'} lists {len(files)} files for {len(labels)} features")
-        return cls(directory, features.to(device), labels.to(device), names, files, metadata)
+            raise ValueError(f"bank: {json} lists {len(files)} files for {len(labels)} features")
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
+        return int(self.labels.max()) + 1 if self.class_names is None else len(self.class_names)
 
     def file(self, row: int) -> Path | None:
         """Return the image of a row, which may have been deleted; None if it is unknown."""
+        if not 0 <= row < len(self.labels):
+            raise ValueError(f"row: expected 0 to {len(self.labels) - 1}, got {row}")
         return self.directory / self.metadata["train"].get("folder", "") / self.files[row] if self.files else None
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or "class LABEL" if the names are unknown."""
-        return self.class_names[label] if self.class_names else f"class {label}"
+        if self.class_names is None:
+            return f"class {label}"
+        if not 0 <= label < len(self.class_names):
+            raise ValueError(f"label: expected 0 to {len(self.class_names) - 1}, got {label}")
+        return self.class_names[label]
 
     def check_model(self, name: str, width: int, weights: str) -> None:
         """Raise a ValueError unless the bank was built with this model.
@@ -139,11 +177,13 @@ class MemoryBank:
         rebuild = f"build one with it: python -m memorybank build --model {name} --train FOLDER --out DIR"
         theirs, file = self.metadata.get("model", name), (self.metadata.get("checkpoint") or {}).get("file")
         if self.metadata.get("weights_sha256", weights) != weights:
-            other = f"other weights of {name}" if theirs == name else f"the model {theirs}, not with {name}"
-            raise ValueError(f"bank: {self.directory} was built with {other}{f' ({file})' * bool(file)}; {rebuild}")
+            another = f"the model {printable(theirs, 80)}, not with {name}"
+            other = f"other weights of {name}" if theirs == name else another
+            other += f" ({printable(file, 80)})" if file else ""
+            raise ValueError(f"bank: {shown(self.directory)} was built with {other}; {rebuild}")
         if width != self.features.shape[1]:
             raise ValueError(
-                f"bank: {self.directory} has features of width {self.features.shape[1]}, "
+                f"bank: {shown(self.directory)} has features of width {self.features.shape[1]}, "
                 f"those of {name} have {width}; {rebuild}"
             )
 
@@ -159,8 +199,15 @@ class MemoryBank:
             Cosines `(B, k)` float32, the largest first, and rows `(B, k)` int64, on the device of the features.
 
         Raises:
+            TypeError: if `features` is not a tensor, or k is not an integer.
             ValueError: if the width differs, a feature or the bank is not finite, or k is not in 1..M.
         """
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features: expected a tensor, got {type(features).__name__}")
+        if unusual := unusual_kind(features):
+            raise ValueError(f"features: expected a plain tensor of real numbers, got a {unusual} tensor")
+        if not isinstance(k, Integral) or isinstance(k, bool):
+            raise TypeError(f"k: expected an integer, got {type(k).__name__}")
         rows, width = self.features.shape
         query = features if features.ndim == 2 else features.unsqueeze(0)
         if query.ndim != 2 or query.shape[1] != width or not len(query):
@@ -168,7 +215,7 @@ class MemoryBank:
         if not torch.isfinite(query).all():
             raise ValueError("features: have NaN or infinite values")
         if not 1 <= k <= rows:
-            raise ValueError(f"k: expected 1 to {rows}, the number of features in {self.directory}, got {k}")
+            raise ValueError(f"k: expected 1 to {rows}, the number of features in {shown(self.directory)}, got {k}")
         query = F.normalize(query.to(self.features.device, torch.float32), dim=1)
         batch = len(query)
         span = max(TILE, min(SPAN // batch, rows + TILE - 1) // TILE * TILE)
@@ -186,7 +233,7 @@ class MemoryBank:
             best, place = best.topk(min(k, len(best)), dim=0)
             index = index.gather(0, place)
         if not torch.isfinite(best).all():  # topk treats NaN as the largest value
-            raise ValueError(f"bank: {self.directory / 'trainfeat.pth'} has NaN or infinite values; build it again")
+            raise ValueError(f"bank: {shown(self.directory)} has NaN or infinite values; build it again")
         return best.T.to(features.device), index.T.to(features.device)
 
     @torch.inference_mode()
@@ -205,6 +252,8 @@ class MemoryBank:
 
     def vote(self, similarities: Tensor, neighbours: Tensor, temperature: float = 0.07) -> Vote:
         """Count the votes of neighbours that `nearest` has found: similarities and rows, both `(B, k)`."""
+        if not isinstance(temperature, Real):
+            raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
         if not temperature >= MIN_TEMPERATURE:
             raise ValueError(f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}")
         labels = self.labels[neighbours.to(self.labels.device)].to(neighbours.device)
@@ -251,10 +300,10 @@ class MemoryBank:
         if not mine.any(1).all():
             b = int(mine.any(1).logical_not().nonzero()[0])
             counts = Counter(vote.labels[b].tolist())
-            most = ", ".join(f"{n} {self.class_name(c)}" for c, n in counts.most_common(3))
+            most = ", ".join(f"{n} {printable(self.class_name(c), 80)}" for c, n in counts.most_common(3))
             raise ValueError(
                 f"target: none of the {mine.shape[1]} nearest neighbours belongs to the class "
-                f"{self.class_name(int(chosen[b]))}; they are {most}{', ...' * (len(counts) > 3)}: "
+                f"{printable(self.class_name(int(chosen[b])), 80)}; they are {most}{', ...' * (len(counts) > 3)}: "
                 f"name one of them, or search more neighbours"
             )
         f = F.normalize(features.float().reshape(len(mine), -1), dim=1)
@@ -264,10 +313,12 @@ class MemoryBank:
     def _classes(self, target: int | Tensor, batch: int) -> Tensor:
         try:
             classes = torch.as_tensor(target)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             classes = torch.empty(0)
-        if classes.is_floating_point() or classes.shape not in ((), (batch,)):
-            raise ValueError(f"target: expected one class index, or {batch}, one per feature, got {target!r}")
+        no_index = classes.dtype == torch.bool or classes.is_floating_point() or unusual_kind(classes)
+        if no_index or classes.shape not in ((), (batch,)):
+            got = printable(repr(target), 80)
+            raise ValueError(f"target: expected one class index, or {batch}, one per feature, got {got}")
         wrong = classes[(classes < 0) | (classes >= self.num_classes)].flatten().tolist()
         if wrong:
             raise ValueError(
@@ -276,63 +327,6 @@ class MemoryBank:
         return classes.long().expand(batch)
 
 
-def read_pair(directory: str | Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return features `(M, D)`, memory-mapped, and labels `(M,)` int64 of a split, "train" or "test".
-
-    Raises:
-        ValueError: if a file is missing or damaged or holds more than tensors, or the two do not fit each other.
-    """
-    paths = [Path(directory, f"{split}{kind}.pth") for kind in ("feat", "labels")]
-    features, labels = map(_read_tensor, paths)
-    if features.ndim != 2 or not features.numel() or features.dtype not in (torch.float16, torch.float32):
-        raise ValueError(
-            f"bank: {paths[0]} should hold features (M, D), float16 or float32, "
-            f"but has {tuple(features.shape)} {features.dtype}"
-        )
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"bank: {paths[1]} should hold integers (M,), but has {tuple(labels.shape)} {labels.dtype}")
-    if len(labels) != len(features):
-        raise ValueError(f"bank: {paths[1]} has {len(labels)} labels for {len(features)} features")
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        wrong = min(labels.min().item(), 0) or labels.max().item()
-        raise ValueError(f"bank: {paths[1]} has the label {wrong}; expected 0 to {MAX_CLASSES - 1}")
-    sample = features[:: max(1, len(features) // 256)].float()
-    if not torch.isfinite(sample).all():
-        raise ValueError(f"bank: {paths[0]} has NaN or infinite values; build it again")
-    if ((sample.norm(dim=1) - 1).abs() > 0.01).any():
-        raise ValueError(f"bank: the rows of {paths[0]} are not L2-normalised; divide each by its norm")
-    return features, labels.long()
-
-
-def _read_tensor(path: Path) -> Tensor:
-    if not path.is_file():
-        raise ValueError(f"bank: there is no file {path}")
-    try:
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch 1.5 or earlier are not archives and cannot be mapped
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"bank: {path} is damaged, or holds more than tensors and is not loaded") from error
-    except Exception as error:  # torch and zipfile raise many kinds of errors for a damaged file
-        raise ValueError(f"bank: {path} cannot be read: {first_line(error)}") from error
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"bank: {path} should hold a tensor, but has a {type(tensor).__name__}")
-    return tensor
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"bank: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("train", {}), dict):
-        raise ValueError(f"bank: {path} does not describe a bank")
-    return metadata
-
-
 def _is_imagenet(directory: Path, labels: Tensor) -> bool:
-    """Return whether a bank without class names has 1,000 classes and a path with ImageNet in it."""
-    return labels.max() == 999 and any("imagenet" in part.lower() for part in directory.absolute().parts)
+    """Return whether a bank has 1,000 classes and lies where the paper's banks of ImageNet lie."""
+    return labels.max() == 999 and IMAGENET in Path(os.path.abspath(directory)).parts

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from command_line.options import Parser, find_device, number
-from command_line.terminal import run
-from memorybank import MIN_TEMPERATURE, MemoryBank, read_pair
+from command_line.terminal import complain, run, say
+from memorybank import MIN_TEMPERATURE, MemoryBank
 from memorybank.build import DTYPES, WORKERS, build
 from models import architecture_of, load
 from models.weights import first_line
@@ -29,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         {"build": run_build, "eval": run_eval, "info": run_info}[options.command](options)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a full disk, or another rank that failed
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        complain(f"error: {first_line(error)}")
         return 2
     return 0
 
@@ -98,8 +97,8 @@ def run_build(options: argparse.Namespace) -> None:
     for split in ("train", "test"):
         unreadable = bank.get(split, {}).get("unreadable", {})
         if unreadable:
-            print(f"{split}: left out {len(unreadable)} images that cannot be read:")
-            print("\n".join(f"  {reason}" for reason in unreadable.values()))
+            say(f"{split}: left out {len(unreadable)} images that cannot be read:")
+            say(*(f"  {reason}" for reason in unreadable.values()))
     run_info(argparse.Namespace(bank=options.out))
 
 
@@ -107,14 +106,10 @@ def run_build(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     """Print the top-1 and top-5 accuracy of the k nearest neighbours, for each k."""
     bank = MemoryBank.load(options.bank, find_device(options.device))
-    if not (options.bank / "testfeat.pth").is_file():
+    pair = bank.read_test()
+    if pair is None:
         raise ValueError(f"bank: {options.bank} has no test pair; build it with --test FOLDER")
-    features, labels = read_pair(options.bank, "test")
-    if labels.max() >= bank.num_classes:
-        raise ValueError(
-            f"bank: {options.bank / 'testlabels.pth'} has the label {labels.max()}, "
-            f"but there are {bank.num_classes} classes"
-        )
+    features, labels = pair
     wanted = sorted(set(options.k))
     fitting = [k for k in wanted if k <= len(bank.labels)]
     if not fitting:
@@ -130,12 +125,12 @@ def run_eval(options: argparse.Namespace) -> None:
             hit = (top.indices == labels[part, None].to(votes.device)) & voted
             hits[k][0] += int(hit[:, 0].sum())
             hits[k][1] += int(hit.any(1).sum())
-    print(f"{options.bank}: {len(labels)} test images, T = {options.temperature:g}")
+    say(f"{options.bank}: {len(labels)} test images, T = {options.temperature:g}")
     for k in fitting:
         top1, top5 = (100 * count / len(labels) for count in hits[k])
-        print(f"  k = {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
+        say(f"  k = {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
     for k in wanted[len(fitting) :]:
-        print(f"  k = {k:<4} the bank has {len(bank.labels)} features")
+        say(f"  k = {k:<4} the bank has {len(bank.labels)} features")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -150,13 +145,13 @@ def run_info(options: argparse.Namespace) -> None:
         "classes": f"{bank.num_classes}, of {sizes.min()} to {sizes.max()} images",
         "test": "none",
     }
-    if (options.bank / "testfeat.pth").is_file():
-        lines["test"] = f"{len(read_pair(options.bank, 'test')[1])} images"
+    if pair := bank.read_test():
+        lines["test"] = f"{len(pair[1])} images"
     for key in ("checkpoint", "transform", "versions"):
         if value := bank.metadata.get(key):
             lines[key] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-    print(options.bank)
-    print("\n".join(f"  {name:<10} {text}" for name, text in lines.items()))
+    say(str(options.bank))
+    say(*(f"  {name:<10} {text}" for name, text in lines.items()))
 
 
 if __name__ == "__main__":

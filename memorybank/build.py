@@ -2,20 +2,22 @@
 
 The batches depend on the list of images only. The features of every batch are written atomically to a part, a file in
 the folder `.building` of the bank. The ranks share the missing batches, so the result does not depend on the number of
-ranks or interruptions. At the end the first rank joins the parts and renames the files, `bank.json` last.
+ranks or interruptions. At the end the first rank joins the parts and renames the files, `trainfeat.pth` last: a folder
+without it is no bank. The older bank stays until then, and comes back if a file cannot be renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,19 +29,25 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from daam_vit.files import atomic_write
+from daam_vit.locks import hold
+from daam_vit.text import printable
+from memorybank.files import shown
 from models import LoadedModel, weights_sha256
-from models.images import looks_like_image, read_image
+from models.images import read_image, walk_images
+from models.schema import parse_json
 from models.versions import versions
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from models.weights import first_line
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 """Data types of the stored features."""
 WORKERS = min(4, os.cpu_count() or 1)
 """Default number of processes that decode images."""
+MAX_BATCH_SIZE, MAX_WORKERS = 65_536, 1024
+"""Largest number of images in a batch, and of processes that decode them."""
+PLAN = dict.fromkeys(("model", "weights_sha256", "transform", "dtype", "train", "test"), str) | {"batch_size": int}
+"""Schema of `plan.json`, which says what the parts belong to."""
+BANK_FILES = ("bank.json", "testfeat.pth", "testlabels.pth", "trainlabels.pth", "trainfeat.pth")
+"""Files of a bank, in the order in which they are renamed."""
 
 
 def build(
@@ -68,16 +76,19 @@ def build(
         The content of bank.json on the first rank, `{}` on the others.
 
     Raises:
-        ValueError: if a folder has no images, an image cannot be read and `strict` is set, a feature is not finite,
-            a class of `test` is unknown, or `out` is in use or holds the parts of another build.
+        TypeError: if an argument is of another type.
+        ValueError: if a number or `dtype` is out of range, a folder has no images, an image cannot be read and `strict`
+            is set, a feature is zero or not finite, a class of `test` is unknown, or `out` is in use, holds the parts
+            of another build or cannot be written, as on a full disk.
     """
+    _check_arguments(loaded, train, out, test, dtype, batch_size, workers, strict)
     out = Path(out)
     folders = {"train": Path(train)} | ({"test": Path(test)} if test else {})
     found = {split: find_classes(folder, split) for split, folder in folders.items()}
     classes = {name: index for index, name in enumerate(found["train"])}
     unknown = [name for name in found.get("test", {}) if name not in classes]
     if unknown:
-        raise ValueError(f"test: the class {unknown[0]!r} is not among the sub-folders of {train}")
+        raise ValueError(f"test: the class '{printable(unknown[0], 80)}' is not among the sub-folders of {train}")
     items = {
         split: [(file, classes[name]) for name, files in of_class.items() for file in files]
         for split, of_class in found.items()
@@ -103,35 +114,62 @@ def build(
             _extract(loaded, images, work, split, dtype, workers, strict)
             _barrier()
             if rank == 0:
-                unreadable[split] = _join(parts, split, files, len(batches), strict)
+                unreadable[split] = _join(parts, split, files, batches, strict)
         if rank == 0:
             bank = _finish(out, parts, plan, loaded, folders, items, unreadable, list(classes))
         _barrier()
+    if bank:
+        with suppress(OSError):  # another build may have begun
+            (parts / ".lock").unlink(missing_ok=True)
+            parts.rmdir()
     return bank
 
 
-def find_classes(folder: Path, split: str) -> dict[str, list[Path]]:
+def _check_arguments(
+    loaded: Any, train: Any, out: Any, test: Any, dtype: Any, batch_size: Any, workers: Any, strict: Any
+) -> None:
+    """Raise a TypeError or ValueError for an argument of `build` that cannot be used, before anything is touched."""
+    types = {
+        "loaded": (loaded, LoadedModel), "train": (train, str, os.PathLike), "out": (out, str, os.PathLike),
+        "test": (test, str, os.PathLike, type(None)), "dtype": (dtype, str), "batch_size": (batch_size, int),
+        "workers": (workers, int), "strict": (strict, bool),
+    }  # fmt: skip
+    for name, (value, *wanted) in types.items():
+        if not isinstance(value, tuple(wanted)) or (isinstance(value, bool) and bool not in wanted):
+            expected = " or ".join(t.__name__ for t in wanted)
+            raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {printable(dtype, 80)}")
+    for name, number, low, high in (
+        ("batch_size", batch_size, 1, MAX_BATCH_SIZE),
+        ("workers", workers, 0, MAX_WORKERS),
+    ):
+        if not low <= number <= high:
+            raise ValueError(f"{name}: expected {low} to {high}, got {number}")
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"out: {shown(Path(out))} is not a folder; pass another one")
+
+
+def find_classes(folder: str | Path, split: str) -> dict[str, list[Path]]:
     """Return the sorted images of every class, recursively; classes without images and hidden folders are skipped.
 
+    Links are followed as in `models.images.walk_images`: no photo is counted for a second class.
+
     Raises:
-        ValueError: if the folder does not exist or no sub-folder has an image.
+        ValueError: if the folder does not exist or cannot be listed, or no sub-folder has an image.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{split}: there is no folder {folder}")
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    classes = {}
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
-        files = []
-        for root, below, names in os.walk(sub, onerror=fail):
-            below[:] = [name for name in below if name[0] != "."]
-            files += [Path(root, name) for name in names if looks_like_image(name)]
-        if files:
-            classes[sub.name] = sorted(files)
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{split}: there is no folder {shown(folder)}")
+    classes: dict[str, list[Path]] = {}
+    for file in walk_images(folder, split):
+        name, *below = file.relative_to(folder).parts
+        if below:
+            classes.setdefault(name, []).append(file)
     if not classes:
-        raise ValueError(f"{split}: {folder} has no images; it should have one sub-folder per class, with its images")
+        raise ValueError(
+            f"{split}: {shown(folder)} has no images; it should have one sub-folder per class, with its images"
+        )
     return classes
 
 
@@ -182,13 +220,19 @@ def _extract(
             unreadable = {i: reason for i, reason in zip(index.tolist(), reasons) if reason}
             if unreadable and strict:
                 raise ValueError(f"{split}: {next(iter(unreadable.values()))}")
-            features = F.normalize(loaded.features(batch.to(device, non_blocking=True)).float(), dim=1)
-            finite = features.isfinite().all(1).tolist()
-            if not all(finite):
-                file = files[index[finite.index(False)]]
-                raise ValueError(f"model: the feature of {file} is not finite; check the weights for NaN")
-            with atomic_write(part) as temporary:
-                torch.save({"features": features.to(DTYPES[dtype]).cpu(), "unreadable": unreadable}, temporary)
+            try:
+                features = loaded.features(batch.to(device, non_blocking=True)).float()
+            except ValueError as error:  # the feature is not finite
+                raise ValueError(
+                    f"{error} ({shown(files[index[0]])} and the {len(index) - 1} images after it)"
+                ) from error
+            for i, norm in zip(index.tolist(), features.norm(dim=1).tolist()):
+                if not 0 < norm < math.inf and i not in unreadable:
+                    what = "not finite; check the weights for NaN" if norm else "zero; check the weights"
+                    raise ValueError(f"model: the feature of {shown(files[i])} is {what}")
+            features = F.normalize(features, dim=1).to(DTYPES[dtype]).cpu()
+            with _writing(part) as temporary:
+                torch.save({"features": features, "unreadable": unreadable}, temporary)
             bar.update(len(index))
 
 
@@ -198,32 +242,68 @@ def _extract(
 
 
 def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
-    """Lock the folder of the parts, and write the plan if the build is new."""
-    parts.mkdir(parents=True, exist_ok=True)
-    if fcntl:
-        folder = os.open(parts, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another build is running in {parts}; wait for it, or pass another folder") from None
-    if not (parts / "plan.json").is_file():
-        for left in parts.iterdir():  # left by a build that was killed during its clean-up
-            left.unlink()
-        with atomic_write(parts / "plan.json") as part:
+    """Lock the folder of the parts, delete what a killed build has left, and write the plan if the build is new."""
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"out: {shown(parts)} cannot be made: {_reason(error)}; pass another folder") from error
+    stack.enter_context(hold(parts, "out", "another build"))
+    _discard(parts, ".*.part")
+    if not (parts / "plan.json").is_file():  # a build was killed during its clean-up, or this one is new
+        _clear(parts)
+        with _writing(parts / "plan.json") as part:
             part.write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _discard(folder: Path, *patterns: str) -> None:
+    """Delete the files of a folder that fit one of the patterns; files of others stay."""
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _clear(parts: Path) -> None:
+    """Delete all that a build stores beside its lock, the plan first, because parts without a plan are discarded."""
+    (parts / "plan.json").unlink(missing_ok=True)
+    _discard(parts, "train-*.pt", "test-*.pt", *BANK_FILES, *(f"old/{name}" for name in BANK_FILES))
+    with suppress(OSError):
+        (parts / "old").rmdir()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, as `atomic_write`; a disk that is full or broken is one line."""
+    try:
+        with atomic_write(path) as part:
+            yield part
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"out: {shown(path)} cannot be written: {_reason(error)}; make room and repeat the command, which continues"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why a file cannot be written."""
+    if isinstance(error, RuntimeError):  # torch does not say why
+        return "the disk may be full"
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _check_plan(parts: Path, plan: dict) -> None:
     """Raise a ValueError unless this rank has the images and settings of the build that the parts belong to."""
+    file = parts / "plan.json"
     try:
-        theirs = json.loads((parts / "plan.json").read_text(encoding="utf-8"))
+        theirs = parse_json(file.read_bytes(), PLAN, f"out: {shown(file)}")
     except FileNotFoundError:
-        raise ValueError(f"out: there is no folder {parts}; all machines must share the folder of the bank") from None
-    different = [key for key in plan | theirs if plan.get(key) != theirs.get(key)]
+        raise ValueError(
+            f"out: there is no folder {shown(parts)}; all machines must share the folder of the bank"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the folder {parts.name}") from None
+    different = [printable(key, 40) for key in plan | theirs if plan.get(key) != theirs.get(key)]
     if different:
         raise ValueError(
-            f"out: {parts} holds an unfinished build with another {', '.join(different)}; "
+            f"out: {shown(parts)} holds an unfinished build with another {', '.join(different)}; "
             f"delete that folder, or pass another one"
         )
 
@@ -243,26 +323,21 @@ def _share_missing(parts: Path, split: str, batches: list[range]) -> dict[Path, 
     return {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
 
 
-def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, strict: bool) -> dict[int, str]:
+def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: list[range], strict: bool) -> dict[int, str]:
     """Join the parts of a split to two files in the same folder; return the images that cannot be read."""
     unreadable: dict[int, str] = {}
-    features, first, kept, with_gaps = torch.empty(0), 0, 0, []
-    for n in range(batches):
+    features, kept, with_gaps = torch.empty(0), 0, []
+    for n, batch in enumerate(batches):
         path = _part(parts, split, n)
-        try:
-            part = torch.load(path, weights_only=True)
-        except Exception as error:  # after a power cut a file may be renamed, but empty
-            path.unlink(missing_ok=True)
-            raise ValueError(f"out: {path} was damaged and has been deleted; run the same command again") from error
-        rows = part["features"]
-        if part["unreadable"]:
-            unreadable |= part["unreadable"]
+        rows, missing = _read_part(path, len(batch))
+        if missing:
+            unreadable |= missing
             with_gaps.append(path)
-            rows = rows[[first + i not in part["unreadable"] for i in range(len(rows))]]
+            rows = rows[[i not in missing for i in batch]]
         if n == 0:
             features = rows.new_empty(len(files), rows.shape[1])
         features[kept : kept + len(rows)] = rows
-        first, kept = first + len(part["features"]), kept + len(rows)
+        kept += len(rows)
     if unreadable and (strict or not kept):
         for path in with_gaps:  # so that the next build reads these images again
             path.unlink()
@@ -272,9 +347,22 @@ def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: int, 
         )
     labels = torch.tensor([label for i, (_, label) in enumerate(files) if i not in unreadable])
     for name, tensor in (("feat", features[:kept].clone() if unreadable else features), ("labels", labels)):
-        with open(parts / f"{split}{name}.pth", "wb") as file:
+        with _writing(parts / f"{split}{name}.pth") as part, open(part, "wb") as file:
             torch.save(tensor, file)
     return unreadable
+
+
+def _read_part(path: Path, count: int) -> tuple[Tensor, dict[int, str]]:
+    """Return the features of a part, one row for each of its images, and the images that cannot be read."""
+    try:
+        part = torch.load(path, weights_only=True)
+        features, unreadable = part["features"], dict(part["unreadable"])
+        if features.ndim != 2 or len(features) != count:
+            raise ValueError(f"expected {count} rows, got a shape of {tuple(features.shape)}")
+    except Exception as error:  # after a power cut a file may be renamed, but empty
+        path.unlink(missing_ok=True)
+        raise ValueError(f"out: {shown(path)} was damaged and has been deleted; run the same command again") from error
+    return features, unreadable
 
 
 def _finish(
@@ -287,7 +375,7 @@ def _finish(
     unreadable: dict[str, dict[int, str]],
     classes: list[str],
 ) -> dict:
-    """Rename the joined files and write bank.json."""
+    """Write bank.json, and put the joined files in the place of an older bank."""
     names = dict(zip(ImageNetInfo().label_names(), ImageNetInfo().label_descriptions()))
     bank = {
         "model": loaded.name,
@@ -307,24 +395,44 @@ def _finish(
             "files": [_relative(f, folder) for i, (f, _) in enumerate(files) if i not in unreadable[split]],
             "unreadable": {_relative(files[i][0], folder): reason for i, reason in unreadable[split].items()},
         }
-    pairs = [f"{split}{kind}.pth" for split in ("train", "test") for kind in ("feat", "labels")]
-    for name in ("bank.json", *pairs):  # never leave features and labels of two banks side by side
-        (out / name).unlink(missing_ok=True)
-    for name in pairs:
-        if (parts / name).is_file():
-            os.replace(parts / name, out / name)
-    with atomic_write(out / "bank.json") as part:
+    with _writing(parts / "bank.json") as part:
         part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII, for file names in any encoding
-    (parts / "plan.json").unlink()  # first, because parts without a plan are discarded
-    shutil.rmtree(parts)
+    _exchange(out, parts)
+    _clear(parts)
     return bank
+
+
+def _exchange(out: Path, parts: Path) -> None:
+    """Move the older bank away and the new one in; undo it if that fails. No two banks are ever side by side."""
+    old = parts / "old"
+    moved = []
+    try:
+        old.mkdir(exist_ok=True)
+        for source, target in (
+            *((out / name, old / name) for name in reversed(BANK_FILES)),
+            *((parts / name, out / name) for name in BANK_FILES),
+        ):
+            if source.is_file():
+                os.replace(source, target)
+                moved.append((source, target))
+    except BaseException as error:
+        for source, target in reversed(moved):
+            target.rename(source)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"out: {shown(out)} cannot be written: {_reason(error)}; repeat the command, which continues"
+            ) from error
+        raise
 
 
 def _digest(folder: Path, files: list[tuple[Path, int]]) -> str:
     """Return a hash of the names and sizes of the images."""
 
     def size(file: Path) -> int:
-        return file.stat().st_size if file.exists() else -1  # a broken link
+        try:
+            return file.stat().st_size
+        except OSError:  # a broken link
+            return -1
 
     lines = (f"{_relative(file, folder)} {size(file)}" for file, _ in files)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -1,5 +1,6 @@
 """Tests of `memorybank.build`: the result, builds on several ranks, and builds that are killed or refused."""
 
+import errno
 import io
 import json
 import os
@@ -16,13 +17,15 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from scripts import no_leftovers
 from tiny_banks import BACKBONE, write_backbone, write_photo
 
 import memorybank
+from daam_vit.locks import hold
 from memorybank import MemoryBank
 from memorybank.__main__ import main
-from memorybank.build import _finish, build
-from models import load, sha256, weights_sha256
+from memorybank.build import _finish, build, find_classes
+from models import find_class, load, sha256, weights_sha256
 from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +87,10 @@ def built(checkpoint, photos, tmp_path_factory):
     return out, printed.getvalue(), err.getvalue()
 
 
-def contents(folder):
-    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
-    return {name: (folder / name).read_bytes() for name in FILES if name != "bank.json"}
+def contents(folder, *names):
+    """Return the files of a bank, which must be all that the folder holds; bank.json only if it is named."""
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names or FILES)
+    return {name: (folder / name).read_bytes() for name in names or FILES[:-1]}
 
 
 def test_build(built, checkpoint, photos):
@@ -144,6 +148,51 @@ def test_odd_names_and_broken_links(checkpoint, tmp_path):
     assert list(bank["train"]["unreadable"]) == ["Café/gone.png"]
     loaded = MemoryBank.load(tmp_path / "b")
     assert loaded.class_names == ["Café"] and loaded.file(0).is_file()
+
+
+def test_class_folders_of_any_name(checkpoint, tmp_path):
+    names = ["1", "10", "2", " ", "a, b", "nul", "new\nline", "\x1b[31mred", "猫", "b\udce9", "{x}", "n" * 250]
+    for n, name in enumerate(names):
+        write_photo(tmp_path / "train" / name / "x.png", n)
+    said = build(load(None, checkpoint), tmp_path / "train", tmp_path / "b", workers=0)
+    assert said["class_names"] == sorted(names) and (tmp_path / "b" / "bank.json").read_bytes().isascii()
+    bank = MemoryBank.load(tmp_path / "b")
+    assert bank.class_names == sorted(names) and all(bank.file(row).is_file() for row in range(len(names)))
+    assert [bank.file(row).parent.name for row in range(len(names))] == [bank.class_name(k) for k in bank.labels]
+    assert find_class("10", bank.class_names, bank.num_classes) == bank.class_names.index("10")
+
+
+def test_links_bring_no_photos_of_other_classes_and_none_twice(tmp_path):
+    train = tmp_path / "train"
+    for n, name in enumerate(("cat/1.png", "cat/deep/2.png", "dog/3.png", "../more/4.png", "../linked/5.png")):
+        write_photo(train / name, n)
+    (train / "cat" / "up").symlink_to("..")
+    (train / "cat" / "deep" / "self").symlink_to(".")
+    (train / "cat" / "sibling").symlink_to("../dog")
+    (train / "cat" / "all").symlink_to(tmp_path)
+    (train / "dog" / "more").symlink_to("../../more")
+    (train / "dog" / "again").symlink_to("../../more")
+    (train / "emu").symlink_to("../linked")
+    (train / "cat" / "emus").symlink_to("../../linked")
+    for hidden in (".ipynb_checkpoints", ".Trash-1000"):
+        write_photo(train / "cat" / hidden / "6.png", 6)
+        write_photo(train / hidden / "7.png", 7)
+    found = {name: [str(f.relative_to(train)) for f in files] for name, files in find_classes(train, "train").items()}
+    assert sorted(found) == ["cat", "dog", "emu"]
+    assert found["cat"] == ["cat/1.png", "cat/deep/2.png"] and found["emu"] == ["emu/5.png"]
+    assert found["dog"] in (["dog/3.png", "dog/again/4.png"], ["dog/3.png", "dog/more/4.png"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_special_files_are_left_out_and_said(checkpoint, tmp_path, capsys):
+    write_photo(tmp_path / "train" / "a" / "1.png", 1)
+    os.mkfifo(tmp_path / "train" / "a" / "2.png")
+    (tmp_path / "train" / "a" / "3.png").symlink_to("/dev/zero")
+    options = ["build", "--checkpoint", checkpoint, "--train", tmp_path / "train", "--out", tmp_path / "b"]
+    assert main([*map(str, options), "--workers", "0", "--device", "cpu"]) == 0
+    assert "train: left out 2 images that cannot be read:\n" in capsys.readouterr().out
+    bank = MemoryBank.load(tmp_path / "b")
+    assert bank.files == ["a/1.png"] and list(bank.metadata["train"]["unreadable"]) == ["a/2.png", "a/3.png"]
 
 
 def test_imagenet_folders_get_their_names(checkpoint, tmp_path):
@@ -212,57 +261,175 @@ def test_a_killed_build_resumes(checkpoint, many, tmp_path, monkeypatch, capsys,
     assert contents(out) == contents(many / "bank")
 
 
-@pytest.mark.parametrize("step", range(1, 10))
+def test_sigterm_ends_a_build_without_leftovers(checkpoint, many, tmp_path):
+    process = start(*command(checkpoint, many, tmp_path / "out"), start_new_session=True)
+    wait_for_parts(tmp_path / "out", 6, process)
+    process.terminate()
+    code, out, err = finish(process)
+    assert code == 143 and out == "" and "Traceback" not in err
+    parts = list(tmp_path.rglob("train-*.pt"))
+    assert 6 <= len(parts) < 460 / 4 and no_leftovers(tmp_path)
+    build(load(None, checkpoint), many / "train", tmp_path / "out", many / "test", batch_size=4, workers=0)
+    assert contents(tmp_path / "out") == contents(many / "bank")
+
+
+def failing(do, folder, at, error, for_ever=False):
+    """Return a function that raises an error at its n-th call for a file of a folder, parts of a split not counted."""
+    calls = iter(range(1, 1000))
+
+    def once(*arguments, **more):
+        target = Path(arguments[-1])
+        if folder in target.parents and target.suffix != ".pt":
+            n = next(calls)
+            if n == at or (for_ever and n > at):
+                raise error
+        return do(*arguments, **more)
+
+    return once
+
+
+@pytest.mark.parametrize("step", [1, 2, 6, 7, 8, 9, 10, 13, 14, 15])
 def test_a_build_may_be_killed_at_every_step_of_its_end(built, checkpoint, photos, tmp_path, monkeypatch, step):
     """The folder holds an older bank; at every step it holds that bank, none or the new one, but never a mixture."""
     out = tmp_path / "b"
     loaded, settings = load(None, checkpoint), {"test": photos / "test", "batch_size": 4, "workers": 0}
     build(loaded, photos / "test", out, dtype="float32", workers=0)
-    older = (out / "trainfeat.pth").read_bytes()
-    steps = iter(range(1, 100))
-
-    def killed(do):
-        def once(*arguments, **more):
-            if out in Path(arguments[-1]).parents and Path(arguments[-1]).suffix != ".pt" and next(steps) == step:
-                raise KeyboardInterrupt
-            return do(*arguments, **more)
-
-        return once
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", killed(os.replace))  # step 1: the plan; then four files and bank.json
-        patch.setattr("shutil.rmtree", killed(shutil.rmtree))
+    older = contents(out, "trainfeat.pth", "trainlabels.pth", "bank.json")
+    with monkeypatch.context() as patch:  # the plan; four files and bank.json; three files move away and five move in
+        patch.setattr("os.replace", failing(os.replace, out, step, KeyboardInterrupt, for_ever=True))
+        patch.setattr("os.rename", failing(os.rename, out, 1, KeyboardInterrupt, for_ever=True))  # nothing is undone
         try:
             build(loaded, photos / "train", out, **settings)
         except KeyboardInterrupt:
-            assert step <= 7
+            assert step <= 14
         else:
-            assert step > 7
-    try:
-        features = (out / "trainfeat.pth").read_bytes()
-        bank = MemoryBank.load(out)
-    except (FileNotFoundError, ValueError):
-        assert 2 <= step <= 3
-    else:
-        assert len(bank.labels) == (11 if features == older else 44)
+            assert step > 14
+    if step <= 7:
+        shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns(".building"))
+        assert contents(tmp_path / "copy", "trainfeat.pth", "trainlabels.pth", "bank.json") == older
+    elif step <= 14:
+        with pytest.raises(ValueError, match="there is no file .*trainfeat.pth"):
+            MemoryBank.load(out)
     build(loaded, photos / "train", out, **settings)
     assert contents(out) == contents(built[0])
 
 
-def test_a_damaged_part_is_computed_again(built, checkpoint, photos, tmp_path, monkeypatch):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+TORCH = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598\nframe #0: c10::Throw")
+
+
+@pytest.mark.parametrize(
+    ("function", "step", "error", "message"),
+    [
+        *(("torch.save", step, FULL, "cannot be written: No space left on device; make room") for step in (1, 15)),
+        *(("torch.save", step, TORCH, "cannot be written: the disk may be full; make room") for step in (5, 18)),
+        *(("os.replace", step, FULL, "cannot be written: No space left on device") for step in (1, 3, 6, 7, 9, 10, 14)),
+        *(("os.replace", step, KeyboardInterrupt, None) for step in (8, 14)),
+    ],
+)  # fmt: skip
+def test_a_full_disk_loses_nothing(
+    built, checkpoint, photos, tmp_path, monkeypatch, capsys, function, step, error, message
+):
+    """The older bank stays as it is, and the parts that are complete are used by the next build."""
+    out = tmp_path / "b"
+    build(load(None, checkpoint), photos / "test", out, dtype="float32", workers=0)
+    names = "trainfeat.pth", "trainlabels.pth", "bank.json"
+    older = contents(out, *names)
+    arguments = [*map(str, command(checkpoint, photos, out))]
+    with monkeypatch.context() as patch:
+        do, steps = torch.save, iter(range(1, 100))
+
+        def save(*values, **more):
+            if next(steps) == step:
+                raise error
+            return do(*values, **more)
+
+        patch.setattr(function, save if function == "torch.save" else failing(os.replace, out, step, error))
+        if message:
+            assert main(arguments) == 2
+            errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1 and errors[0].startswith("error: out: ") and message in errors[0]
+        else:
+            with pytest.raises(error):
+                main(arguments)
+    assert no_leftovers(out)
+    parts = {p: p.stat().st_mtime_ns for p in out.glob(".building/*-*.pt")}
+    assert function == "torch.save" or len(parts) == {1: 0, 3: 12}.get(step, 15)
+    shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns(".building"))
+    assert contents(tmp_path / "copy", *names) == older
+
+    def finish_with_the_same_parts(*given):
+        assert {p: p.stat().st_mtime_ns for p in parts} == parts
+        return _finish(*given)
+
+    monkeypatch.setattr("memorybank.build._finish", finish_with_the_same_parts)
+    assert main(arguments) == 0
+    assert contents(out) == contents(built[0])
+
+
+def test_what_a_killed_build_left_is_removed_and_nothing_else(checkpoint, photos, tmp_path):
+    parts = tmp_path / "b" / ".building"
+    (parts / "old").mkdir(parents=True)
+    for name in (".train-000001.pt.0a1b2c3d.part", "trainfeat.pth", "old/trainfeat.pth", "notes.txt", ".lock"):
+        (parts / name).write_text("left")
+    build(load(None, checkpoint), photos / "test", tmp_path / "b", workers=0)
+    assert [p.name for p in parts.iterdir()] == ["notes.txt"]
+    assert len(MemoryBank.load(tmp_path / "b").labels) == 11
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"features": torch.zeros(3, 48).half(), "unreadable": {}}, path),
+        lambda path: torch.save({"features": torch.zeros(4).half(), "unreadable": {}}, path),
+        lambda path: torch.save({"features": torch.zeros(4, 48).half(), "unreadable": None}, path),
+    ],
+)
+def test_a_damaged_part_is_computed_again(built, checkpoint, photos, tmp_path, monkeypatch, damage):
     """A power cut can leave an empty part."""
     loaded, settings = load(None, checkpoint), {"test": photos / "test", "batch_size": 4, "workers": 0}
     with monkeypatch.context() as patch:
         patch.setattr("memorybank.build._finish", lambda *arguments: 1 / 0)  # instead of a kill
         with pytest.raises(ZeroDivisionError):
             build(loaded, photos / "train", tmp_path / "b", **settings)
-    (tmp_path / "b" / ".building" / "train-000000.pt").write_bytes(b"")
+    damage(tmp_path / "b" / ".building" / "train-000000.pt")
     with pytest.raises(
         ValueError, match="out: .*train-000000.pt was damaged and has been deleted; run the same command again"
     ):
         build(loaded, photos / "train", tmp_path / "b", **settings)
     build(loaded, photos / "train", tmp_path / "b", **settings)
     assert contents(tmp_path / "b") == contents(built[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "plan.json cannot be read as JSON: .*; delete the folder .building"),
+        (b"{", "plan.json cannot be read as JSON: .*; delete the folder .building"),
+        (b"\xff\xfe\xfd", "plan.json cannot be read as JSON: .*; delete the folder .building"),
+        (b"[" * 100_000, "plan.json is nested too deeply.*; delete the folder .building"),
+        (b"[]", r"plan.json: it should be an object, got \[\]; delete the folder .building"),
+        (
+            b'{"batch_size": "4"}',
+            'plan.json: batch_size should be a whole number, got "4"; delete the folder .building',
+        ),
+        (b'{"train": null}', "plan.json: train should be a text, got null; delete the folder .building"),
+        (b"{}", ".building holds an unfinished build with another model, weights_sha256, .*; delete that folder"),
+        (b'{"\\u001b[31m": 1}', r".building holds an unfinished build with another .*\\x1b\[31m; delete that folder"),
+    ],
+)
+def test_plans_that_cannot_be_read(checkpoint, photos, tmp_path, text, message):
+    parts = tmp_path / "b" / ".building"
+    parts.mkdir(parents=True)
+    (parts / "plan.json").write_bytes(text)
+    (parts / "train-000000.pt").write_text("a part")
+    with pytest.raises(ValueError, match=f"out: .*{message}") as error:
+        build(load(None, checkpoint), photos / "test", tmp_path / "b", workers=0)
+    assert str(error.value).isprintable()
+    assert (parts / "plan.json").read_bytes() == text and (parts / "train-000000.pt").read_text() == "a part"
 
 
 def test_parts_without_a_plan_are_discarded(built, checkpoint, photos, tmp_path):
@@ -314,17 +481,72 @@ def test_other_images_under_the_same_names_are_another_build(checkpoint, photos,
         build(loaded, mine, tmp_path / "b", **settings)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
-def test_two_builds_cannot_share_a_folder(checkpoint, photos, tmp_path):
-    import fcntl
+def test_two_builds_cannot_share_a_folder(built, checkpoint, photos, tmp_path):
+    out, loaded = shutil.copytree(built[0], tmp_path / "b"), load(None, checkpoint)
+    (out / ".building").mkdir()
+    with hold(out / ".building", "out", "another build"):
+        message = rf"out: another build is running in .*building, by process {os.getpid()} on .*; wait for it"
+        with pytest.raises(ValueError, match=message):
+            build(loaded, photos / "train", out, workers=0)
+    shutil.rmtree(out / ".building")
+    assert contents(out) == contents(built[0])
 
-    (tmp_path / "b" / ".building").mkdir(parents=True)
-    folder = os.open(tmp_path / "b" / ".building", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="out: another build is running in .*building; wait"):
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"batch_size": -1}, ValueError, "batch_size: expected 1 to 65536, got -1"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected 1 to 65536, got 0"),
+        ({"batch_size": 10**30}, ValueError, "batch_size: expected 1 to 65536"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: expected int, got float"),
+        ({"batch_size": True}, TypeError, "batch_size: expected int, got bool"),
+        ({"batch_size": "64"}, TypeError, "batch_size: expected int, got str"),
+        ({"batch_size": None}, TypeError, "batch_size: expected int, got NoneType"),
+        ({"workers": -1}, ValueError, "workers: expected 0 to 1024, got -1"),
+        ({"workers": None}, TypeError, "workers: expected int, got NoneType"),
+        ({"dtype": "int8"}, ValueError, "dtype: expected float16 or float32, got int8"),
+        ({"dtype": "a\nb" * 1000}, ValueError, r"dtype: expected float16 or float32, got a\\nba"),
+        ({"dtype": torch.float16}, TypeError, "dtype: expected str, got dtype"),
+        ({"strict": "no"}, TypeError, "strict: expected bool, got str"),
+        ({"strict": 1}, TypeError, "strict: expected bool, got int"),
+        ({"train": ["a"]}, TypeError, "train: expected str or PathLike, got list"),
+        ({"train": None}, TypeError, "train: expected str or PathLike, got NoneType"),
+        ({"train": "nul\0l"}, ValueError, "train: there is no folder nul"),
+        ({"train": "a" * 5000}, ValueError, "train: there is no folder aaa"),
+        ({"test": 5}, TypeError, "test: expected str or PathLike or NoneType, got int"),
+        ({"test": "gone"}, ValueError, "test: there is no folder gone"),
+        ({"out": 5}, TypeError, "out: expected str or PathLike, got int"),
+        ({"out": "b/bank.json"}, ValueError, "out: b/bank.json is not a folder; pass another one"),
+        ({"out": "b/bank.json/x"}, ValueError, "out: b/bank.json/x/.building cannot be made: Not a directory; pass"),
+        ({"out": "nul\0l"}, ValueError, "out: nul.* cannot be made: embedded null byte; pass"),
+        ({"out": "a" * 300}, ValueError, "out: aaa.* cannot be made: File name too long; pass another folder"),
+        ({"loaded": timm.create_model("vit_tiny_patch16_224", **BACKBONE)}, TypeError,
+         "loaded: expected LoadedModel, got VisionTransformer"),
+        ({"loaded": "tiny"}, TypeError, "loaded: expected LoadedModel, got str"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_touch_nothing(built, checkpoint, photos, tmp_path, monkeypatch, arguments, kind, message):
+    shutil.copytree(built[0], tmp_path / "b")
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = {"loaded": load(None, checkpoint), "train": photos / "train", "out": "b", "workers": 0} | arguments
+    with pytest.raises(kind, match=message) as error:
+        build(**given)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made(checkpoint, photos, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match="out: .* cannot be made: Read-only file system; pass another folder"):
         build(load(None, checkpoint), photos / "train", tmp_path / "b", workers=0)
-    os.close(folder)
-    build(load(None, checkpoint), photos / "train", tmp_path / "b", workers=0)
 
 
 def flat(tmp_path):
@@ -352,16 +574,21 @@ def strangers(tmp_path):
         (strangers, ["--test", "gone"], "test: there is no folder gone"),
         (strangers, ["--checkpoint", "gone.pth", "--model", "vit_tiny_patch16_224"], "checkpoint: there is no file"),
         (strangers, ["--device", "abacus"], "device: 'abacus' cannot be used"),
-        (strangers, ["--checkpoint", "nan.safetensors"], "model: the feature of .*1.png is not finite"),
+        (strangers, ["--checkpoint", "nan.safetensors"],
+         r"the model's output is not finite; .* \(train/a/1.png and the 0 images after it\)"),
+        (strangers, ["--checkpoint", "large.safetensors"], "model: the feature of .*1.png is not finite; check"),
+        (strangers, ["--checkpoint", "zero.safetensors"], "model: the feature of .*1.png is zero; check the weights"),
     ],
 )  # fmt: skip
 def test_refused_builds(checkpoint, tmp_path, monkeypatch, capsys, prepare, more, message):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
-    if "nan.safetensors" in more:
-        state = {k: v / 0 if k == "norm.weight" else v for k, v in safetensors.torch.load_file(checkpoint).items()}
+    factors = {"nan.safetensors": torch.nan, "zero.safetensors": 0, "large.safetensors": 1e30}
+    for name in factors.keys() & set(more):
+        state = safetensors.torch.load_file(checkpoint)
+        state |= {key: factors[name] * state[key] for key in ("norm.weight", "norm.bias")}
         metadata = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps(BACKBONE)}
-        safetensors.torch.save_file(state, "nan.safetensors", metadata)
+        safetensors.torch.save_file(state, name, metadata)
     arguments = ["build", "--checkpoint", str(checkpoint), "--train", "train", "--out", "out", "--workers", "0", *more]
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()

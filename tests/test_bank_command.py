@@ -63,17 +63,48 @@ def test_eval(tmp_path, capsys):
     ("write", "more", "message"),
     [
         (lambda b: None, [], "bank: .* has no test pair; build it with --test FOLDER"),
-        (lambda b: write_bank(b, rows(5, 3), torch.zeros(5).long(), "test"), ["--k", "2"], r"expected \(B, 4\)"),
+        (lambda b: write_bank(b, rows(5, 3), torch.zeros(5).long(), "test"), ["--k", "2"],
+         "testfeat.pth has features of width 3, those of the train pair have 4"),
         (lambda b: write_bank(b, rows(5, 4), torch.full((5,), 9), "test"), [], "has the label 9, but there are 3"),
         (lambda b: write_bank(b, rows(5, 4), torch.zeros(4).long(), "test"), [], "testlabels.pth has 4 labels for 5"),
-        (lambda b: write_bank(b, rows(5, 4), torch.zeros(5).long(), "test"), ["--k", "7"], "k: expected 1 to 6"),
+        (lambda b: write_bank(b, rows(5, 4), torch.full((5,), -1), "test"), [], "has the label -1; expected 0 to"),
+        (lambda b: write_bank(b, 3 * rows(5, 4), torch.zeros(5).long(), "test"), [], "are not L2-normalised"),
+        (lambda b: (b / "testfeat.pth").write_text("no"), [], "testfeat.pth is damaged"),
+        (lambda b: torch.save(torch.zeros(5), b / "testlabels.pth"), [], "there is no file .*testfeat.pth"),
+        (lambda b: write_bank(b, rows(5, 4), torch.zeros(5).long(), "test", test={"count": 7}), [],
+         "bank.json: test.count is 7 for 5 features"),
+        (lambda b: write_bank(b, rows(5, 4), torch.zeros(5).long(), "test", test={"files": ["x"]}), [],
+         "bank.json lists 1 files for 5 features"),
     ],
 )  # fmt: skip
 def test_bad_evaluations(tmp_path, capsys, write, more, message):
+    """`info` ends with the same error, unless the bank just has no test pair."""
     write_bank(tmp_path, rows(6, 4), torch.arange(6) % 3)
     write(tmp_path)
     assert main(["eval", str(tmp_path), *more]) == 2
-    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+    assert re.search(f"error: .*({message})", capsys.readouterr().err)
+    if (tmp_path / "bank.json").exists() or list(tmp_path.glob("test*.pth")):
+        assert main(["info", str(tmp_path)]) == 2
+        assert re.search(f"error: .*({message})", capsys.readouterr().err)
+    else:
+        assert main(["info", str(tmp_path)]) == 0
+
+
+def test_more_neighbours_than_features(tmp_path, capsys):
+    write_bank(tmp_path, rows(6, 4), torch.arange(6) % 3)
+    write_bank(tmp_path, rows(5, 4), torch.zeros(5).long(), "test")
+    assert main(["eval", str(tmp_path), "--k", "7"]) == 2
+    assert "error: k: expected 1 to 6, the number of features in the bank" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 0
+
+
+def test_names_from_a_bank_reach_the_terminal_escaped(tmp_path, capsys):
+    metadata = {"model": "\x1b[31mred", "transform": "a\nb", "versions": {"t\x07": "1\u202e"}}
+    write_bank(tmp_path, rows(6, 4), torch.arange(6) % 3, **metadata)
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert r"\x1b[31mred" in out and r"a\nb" in out and r"t\x07 1\u202e" in out
+    assert all(line.isprintable() for line in out.splitlines())
 
 
 def test_info(checkpoint, tmp_path, capsys):

@@ -204,6 +204,17 @@ def test_a_query_never_holds_the_bank(tmp_path):
         (lambda b: b.importance(rows(2, 12), target=1.5), "target: expected one class index"),
         (lambda b: b.importance(b.features[:1], k=1, target=3, target_k=2),
          "target: none of the 2 nearest neighbours belongs to the class d; they are .*: name one .*, or search more"),
+        (lambda b: b.importance(rows(2, 12), target=True), "target: expected one class index, .*, got True"),
+        (lambda b: b.importance(rows(2, 12), target=10**30), "target: expected one class index"),
+        (lambda b: b.importance(rows(2, 12), target=torch.zeros(2) + 1j), "target: expected one class index"),
+        (lambda b: b.classify(rows(2, 12) + 0j), "features: expected a plain tensor of real numbers, got a complex"),
+        (lambda b: b.classify(rows(2, 12).to_sparse()), "features: expected a plain .*, got a sparse_coo tensor"),
+        (lambda b: b.classify(rows(2, 12).to("meta")), "features: expected a plain .*, got a meta tensor"),
+        (lambda b: b.classify(rows(2, 12), temperature=math.nan), "temperature: expected at least 0.02, got nan"),
+        (lambda b: b.class_name(-1), "label: expected 0 to 3, got -1"),
+        (lambda b: b.class_name(4), "label: expected 0 to 3, got 4"),
+        (lambda b: b.file(-1), "row: expected 0 to 89, got -1"),
+        (lambda b: b.file(90), "row: expected 0 to 89, got 90"),
         (lambda b: b.check_model("other", 13, "x"), "features of width 12, those of other have 13; build one with it"),
     ],
 )  # fmt: skip
@@ -211,3 +222,19 @@ def test_bad_queries(bank, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(bank)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: b.nearest([1.0] * 12), "features: expected a tensor, got list"),
+        (lambda b: b.nearest(np.ones(12)), "features: expected a tensor, got ndarray"),
+        (lambda b: b.nearest(rows(1, 12), 2.0), "k: expected an integer, got float"),
+        (lambda b: b.nearest(rows(1, 12), True), "k: expected an integer, got bool"),
+        (lambda b: b.nearest(rows(1, 12), "3"), "k: expected an integer, got str"),
+        (lambda b: b.classify(rows(1, 12), temperature="0.07"), "temperature: expected a number, got str"),
+    ],
+)
+def test_queries_of_wrong_types(bank, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(bank)
