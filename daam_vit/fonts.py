@@ -58,7 +58,7 @@ def write(
     pillow, (x, y) = _sized(_PILLOW, size), xy
     if font is not pillow and isinstance(pillow, ImageFont.FreeTypeFont):  # all fonts on one baseline
         ascent, descent = pillow.getmetrics()
-        y += {"a": ascent, "m": (ascent - descent) / 2, "s": 0}[anchor[1]]
+        y += {"a": ascent, "m": (ascent - descent + 1) // 2, "s": 0}[anchor[1]]
         anchor = f"{anchor[0]}s"
     pen.text(
         (x, y), words, colour, font, anchor,
@@ -88,7 +88,9 @@ def fit(text: str, size: float, max_width: float | None = None) -> tuple[str, Fo
     """
     words = _visible(text)
     face, missing = _best_face(frozenset(words))
-    words, font = "".join(c if c not in missing else "" if c in _JOINERS else "?" for c in words), _sized(face, size)
+    words, font = "".join("?" if c in missing else c for c in words), _sized(face, size)
+    if _direction(font) is None:  # joiners are hidden only if the text is shaped
+        words = "".join(c for c in words if c not in _JOINERS)
     if max_width is None or _length(words, font) <= max_width:
         return words, font
     fitting = bisect_right(range(1, len(words)), max_width, key=lambda n: _length(f"{words[:n]}…", font))
@@ -206,7 +208,7 @@ def _missing(face: _Face, characters: Iterable[str]) -> frozenset[str]:
 
     def is_drawn(character: str) -> bool:
         if character in _JOINERS:
-            return face != _PILLOW  # which is drawn without shaping
+            return True
         return character in known and (shapes or not _needs_shaping(character)) and _has_ink(face, character)
 
     return frozenset(c for c in characters if not is_drawn(c))
