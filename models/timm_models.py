@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
+from daam_vit.text import printable
 from models.checkpoints import Checkpoint, read_checkpoint, read_content
 from models.layouts import rename, without_extras
 from models.metadata import class_names, model_args
@@ -143,19 +144,22 @@ def _config_of(name: str) -> PretrainedCfg | None:
         ValueError: if the name is unknown or deprecated, or the architecture has no such tag. The error suggests
             similar names, including embedded ones and those that only lack the prefix `hf:` or `torchvision:`.
     """
+    shown = printable(name, 80)
     if not timm.is_model(name):
+        last = name.rpartition("/")[2]  # of a name with a prefix, such as hf-hub:timm/NAME
         known = [*timm.list_models(), *embedded_names()]
         near = [f"torchvision:{name}"] if name in torchvision.models.list_models() else []
-        near += [f"hf:{name}"] if "/" in name and ":" not in name else []
+        near += [f"hf:{shown}"] if "/" in name and ":" not in name else []
+        near += [last] if last != name and timm.is_model(last) else []
         near += [other for other in known if other.startswith(name)]
         near += difflib.get_close_matches(name, known, n=3)
         near = list(dict.fromkeys(near))[:3]
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
-        raise ValueError(f"model: {name!r} is neither a timm name nor an embedded model; {hint}")
+        raise ValueError(f"model: '{shown}' is neither a timm name nor an embedded model; {hint}")
     if not timm.list_models(name.split(".")[0]):  # timm would map it to another name, and warn
         near = difflib.get_close_matches(name, timm.list_pretrained(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the current names"
-        raise ValueError(f"model: {name!r} is a deprecated timm name; {hint}")
+        raise ValueError(f"model: '{shown}' is a deprecated timm name; {hint}")
     try:
         return get_pretrained_cfg(name)
     except RuntimeError:
@@ -165,4 +169,4 @@ def _config_of(name: str) -> PretrainedCfg | None:
 def _no_weights(name: str) -> str:
     tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
     hint = f"timm has {', '.join(tags[:5])}" if tags else "timm has none for this architecture, so pass a checkpoint"
-    return f"model: there are no pretrained weights {name!r}; {hint}"
+    return f"model: there are no pretrained weights '{printable(name, 80)}'; {hint}"
