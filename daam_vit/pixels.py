@@ -21,7 +21,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: if no pixel has data.
     """
-    image.load()  # the mode of some files is not known before
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 65535 is always white
         return _grey(_sixteen_bits(image) / 257)
     if image.mode in ("I", "F"):

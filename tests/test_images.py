@@ -80,14 +80,19 @@ def test_orientation_is_applied_once(tmp_path, suffix):
         assert image.getexif().get(0x0112, 1) == 1  # so that nobody turns it again
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_orientation_of_xmp_is_applied(tmp_path, suffix):
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", XMP)
-    gradient(48, 32).save(
-        tmp_path / f"xmp.{suffix}", **({"pnginfo": text} if suffix == "png" else {"xmp": XMP.encode()})
-    )
-    assert read_image(tmp_path / f"xmp.{suffix}").size == (32, 48)
+@pytest.mark.parametrize("kind", ["XMP of JPEG", "XMP of WebP", "XMP of PNG", "raw profile of PNG"])
+def test_orientation_from_elsewhere(tmp_path, kind):
+    """ImageMagick writes the EXIF block of a PNG as text."""
+    file, text, exif = tmp_path / f"turned.{kind[-4:].strip().lower()}", PngImagePlugin.PngInfo(), Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes()
+    if kind == "raw profile of PNG":
+        text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=True)
+    elif kind == "XMP of PNG":
+        text.add_itxt("XML:com.adobe.xmp", XMP)
+    gradient(48, 32).save(file, **({"pnginfo": text} if "PNG" in kind else {"xmp": XMP.encode()}))
+    image = read_image(file)
+    assert image.size == (32, 48) and image.getexif().get(0x0112, 1) == 1
 
 
 def exif_block(kind, count, value, tag=0x0112):
@@ -206,8 +211,9 @@ def test_other_kinds_of_heif(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif", reason="the package pillow-heif is not installed")
     pillow_heif.register_heif_opener()
     picture = gradient(96, 64)
-    picture.save(tmp_path / "xmp.heic", xmp=XMP.encode())
-    assert read_image(tmp_path / "xmp.heic").size == (64, 96)
+    for xmp in (XMP, "<tiff:Orientation>6\n</tiff:Orientation>"):  # pillow-heif does not remove the second
+        picture.save(tmp_path / "xmp.heic", xmp=xmp.encode())
+        assert read_image(tmp_path / "xmp.heic").size == (64, 96)
     Image.new("RGBA", (96, 64), (255, 0, 0, 0)).save(tmp_path / "clear.heif")
     assert min(read_image(tmp_path / "clear.heif").getpixel((9, 9))) > 250
     picture.save(tmp_path / "whole.heic")
@@ -386,8 +392,9 @@ def test_links_to_files_and_folders_are_followed(tmp_path):
         tmp_path / "photos", "a -> ../elsewhere", "b -> ../single.png", "c.png -> ../single.png", "d -> ../.hidden"
     )
     assert found(photos) == ["a/deep/y.png", "a/x.png", "c.png", "d/z.png"]
-    (tmp_path / "link").symlink_to("photos")
-    assert found(tmp_path / "link") == found(photos)
+    for link in (tmp_path / "link", tmp_path / "photos" / "e"):
+        link.symlink_to(tmp_path / "photos")
+        assert found(link) == found(photos)
 
 
 def test_no_folder_is_found_twice(tmp_path):
@@ -399,10 +406,8 @@ def test_no_folder_is_found_twice(tmp_path):
 
 def test_classes_are_scanned_one_by_one(tmp_path):
     """A class that is a link does not bring in the data set to which one of its own links leads."""
-    tree(
-        tmp_path, "data/dog/d.png", "data/cat -> ../cats", "cats/c.png", "cats/set -> ../data", "cats/more -> ../extra"
-    )
-    tree(tmp_path, "extra/e.png")
+    tree(tmp_path, "data/dog/d.png", "data/cat -> ../far/cats", "far/cats/c.png", "far/cats/set -> ../../data")
+    tree(tmp_path, "far/other.png", "far/cats/up -> ..", "extra/e.png", "far/cats/more -> ../../extra")
     assert found(tmp_path / "data" / "cat") == ["c.png", "more/e.png"]
     assert found(tmp_path / "data" / "dog") == ["d.png"]
 

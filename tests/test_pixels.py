@@ -234,15 +234,16 @@ def test_a_declared_value_that_is_no_number_is_ignored(text):
         np.where(RAMP > 0.5, 1, -9999),
         np.linspace(-3.4e38, 3.4e38, 64).reshape(8, 8),
         RAMP * 1e-30,
-        np.where(RAMP > 0.65, RAMP + 4, RAMP),  # apart, but by less than 10 times the range
+        np.where(RAMP > 0.699, RAMP + 4.5, RAMP),  # 9 times the range of the others
     ],
-    ids=["two values", "limits of float", "tiny", "two groups"],
+    ids=["two values", "limits of float", "tiny", "bright spot"],
 )
 def test_values_that_are_data_are_kept(values):
     values = values.astype(np.float32)
     assert np.array_equal(grey_of(Image.fromarray(values)), stretched(values))
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_flat_picture_is_black():
     assert grey_of(Image.fromarray(np.full((8, 8), 5, np.float32))).max() == 0
 
