@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 """Names of devices on Windows, which no file can have."""
 CLAIM = ".claim"
 """File in a folder whose result is being written; it says of what."""
+PATIENCE = 3600
+"""Seconds after which a claim is that of a process that was killed."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +161,8 @@ def _take(folder: Path, subject: str) -> bool:
         with open(claim, "x", encoding="ascii") as file:
             file.write(subject)
     except FileExistsError:
-        return claim.read_text(encoding="ascii", errors="replace") == subject
+        abandoned = time.time() - claim.stat().st_mtime > PATIENCE
+        return abandoned or claim.read_text(encoding="ascii", errors="replace") == subject
     if _is_free(folder, subject):  # another process may have finished its result in the meantime
         return True
     claim.unlink()

@@ -170,6 +170,15 @@ def test_an_error_leaves_nothing_or_what_was_there(tmp_path):
     assert json.loads((folder / "flow.json").read_text()) == manifest() and not (folder / CLAIM).exists()
 
 
+def test_the_claim_of_a_killed_process(tmp_path):
+    folder = tmp_path / "coffee-cup"
+    folder.mkdir()
+    (folder / CLAIM).write_text("another result")
+    assert save(folder, manifest()) == "coffee-cup-2"
+    os.utime(folder / CLAIM, (0, 0))
+    assert save(folder, manifest("q")) == "coffee-cup"
+
+
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
     folder = tmp_path / "coffee-cup"
     one, two = manifest("p"), manifest("q")

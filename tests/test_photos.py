@@ -118,6 +118,63 @@ def test_a_photo_too_large_to_draw_does_not_stop_the_others(error, weights, phot
     assert made == ["astronaut", "chelsea", "coffee", "flower"] and no_leftovers(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left on device", "flow.gif"),
+            "output-dir: the results cannot be written: [Errno 28]",
+        ),
+        (
+            OSError(5, "Input/output error", "a" * 5000),
+            "output-dir: the results cannot be written: [Errno 5]",
+        ),
+        (
+            cv2.error("(-215:Assertion failed) dst.cols < SHRT_MAX\nin function 'remap'"),
+            "(-215:Assertion failed) dst.cols",
+        ),
+        (OverflowError("the picture is too wide\x1b"), "the picture is too wide\\x1b"),
+        (ValueError(), "ValueError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_photo_that_cannot_be_saved_does_not_stop_the_others(error, said, weights, photos, explain, monkeypatch):
+    def saving(folder, *args):
+        if "china" in folder.name:
+            (folder / "flow.gif").write_text("half of it")
+            raise error
+        return save_flow(folder, *args)
+
+    save_flow = results.save_flow
+    monkeypatch.setattr(results, "save_flow", saving)
+    (photos / "damaged.png").unlink()
+    out = photos.parent / "out"
+    result = explain("--image", photos, "--checkpoint", weights, "--output-dir", out, "--size", 64)
+    one_line_error(result, f"error: {said}", "china.jpg)")
+    assert len(next(line for line in result.stderr.splitlines() if "error: " in line)) < 1000
+    made = sorted(p.name.split("-")[0] for p in (out / "tiny").iterdir())
+    assert made == ["astronaut", "chelsea", "coffee", "flower"]
+
+
+def test_a_model_too_large_to_load(weights, photos, explain, monkeypatch):
+    monkeypatch.setattr(script, "load_model", lambda options: torch.empty(1 << 60))
+    result = explain("--image", photos, "--checkpoint", weights)
+    one_line_error(result, "error: model: it needs more memory than there is; try a smaller one, or --device cpu")
+
+
+def test_a_photo_that_is_named_twice_is_explained_once(weights, photos, explain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (photos / "damaged.png").unlink()
+    (photos / "link.png").symlink_to("coffee.png")  # another file
+    (tmp_path / "same").symlink_to("photos")
+    spellings = ("photos/coffee.png", "./photos/../photos/coffee.png", photos / "coffee.png", "same/flower.jpg", photos)
+    result = explain("--image", *spellings, "--checkpoint", weights, "--size", 32, "--output-dir", "out", "--target", 0)
+    assert result.returncode == 0, result.stderr
+    printed = [line for line in result.stdout.splitlines() if line[0] != " "]
+    assert printed[:3] == ["photos/coffee.png", "same/flower.jpg", str(photos / "astronaut.png")]
+    assert len(printed) == 6 == len(list((tmp_path / "out" / "tiny").iterdir()))
+
+
 def test_errors_of_the_script_itself_are_not_hidden(weights, photos, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a bug")

@@ -22,6 +22,7 @@ from scripts import ROOT, no_leftovers, one_line_error, run
 from tiny_checkpoints import fake_cache
 
 import VIT_DynamicAccumulatedAttentionMap_oneSample as script
+from command_line import results
 from daam_core import attention_flow, block_labels, overlay, render, side_by_side
 from models import load
 from models.images import read_image
@@ -387,3 +388,78 @@ def test_names_of_classes_that_are_alike_or_long(weights, tmp_path):
         shutil.rmtree(folder)
     assert script.main([*options, "--target", "2", "1"]) == script.main([*options, "--target", "1", "2"]) == 0
     assert sorted(len(p.name) for p in (tmp_path / "out" / "mine").iterdir())[1:] == [96, 96]
+
+
+@pytest.fixture
+def named(weights, tmp_path):
+    """Return a checkpoint whose three classes have these names."""
+
+    def save(*names):
+        metadata = {"architecture": TINY, "class_names": json.dumps(names)}
+        safetensors.torch.save_file(safetensors.torch.load_file(weights), tmp_path / "mine.safetensors", metadata)
+        return "--checkpoint", tmp_path / "mine.safetensors", "--size", 32, "--output-dir", tmp_path / "out"
+
+    return save
+
+
+@pytest.mark.parametrize(("target", "index"), [("1", 0), ("10", 1), ("2", 2), ("0", 0)])
+def test_names_that_are_numbers(target, index, named, explain, tmp_path):
+    result = explain(*named("1", "10", "2"), "--target", target)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads(next(tmp_path.rglob("flow.json")).read_text())
+    assert manifest["target"]["index"] == index and manifest["target"]["requested"] == target
+
+
+def test_a_number_with_two_readings(named, explain, tmp_path):
+    result = explain(*named("one, 1", "two", "three"), "--target", 1)
+    one_line_error(result, "target: '1' is a name of class 0 ('one, 1') and the index of class 1 ('two')")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_photo_of_the_same_name_does_not_replace_the_first(named, explain, tmp_path):
+    options, photos = named("cat", "dog", "cup"), []
+    for n, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        photos.append(tmp_path / folder / "photo.png")
+        Image.effect_noise((40, 30), 30 + n).save(photos[-1])
+    for photo, name in [*zip(photos, ("photo-dog", "photo-dog-2"))] * 2:
+        result = explain("--image", photo, "--target", "dog", *options)
+        folder = tmp_path / "out" / "mine" / name
+        assert result.returncode == 0 and result.stdout.endswith(f" -> {folder / 'flow.gif'}\n"), result.stderr
+        assert json.loads((folder / "flow.json").read_text())["image"]["file"] == str(photo)
+    assert sorted(p.name for p in (tmp_path / "out" / "mine").iterdir()) == ["photo-dog", "photo-dog-2"]
+    assert explain("--image", *photos, "--target", "dog", *options).returncode == 0
+    assert (tmp_path / "out" / "mine" / "photo.png-dog" / "flow.gif").is_file()
+
+
+def test_long_and_dangerous_names(named, explain, tmp_path):
+    photo, name = tmp_path / ("p" * 248 + ".png"), "虎斑猫" * 133 + "\x1b[2J"
+    Image.effect_noise((40, 30), 30).save(photo)
+    result = explain("--image", photo, "--target", 1, *named("cat", name, "\u202e"))
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "虎斑猫\\x1b[2J" in result.stdout and "\x1b" not in result.stdout and "\u202e" not in result.stdout
+    file = next(tmp_path.rglob("flow.json"))
+    assert (
+        json.loads(file.read_text())["target"]["name"].startswith("虎斑猫" * 133)
+        and len(os.fsencode(file.parent.name)) < 240
+    )
+
+
+def test_names_without_a_font_are_drawn_as_indices(named, explain, monkeypatch):
+    drawn = []
+
+    def save_flow(folder, image, flow, index, caption, manifest, duration, pictures, titles):
+        drawn.extend([caption, titles])
+
+    def curves(frames, curves, shares, leaders, *rest):
+        drawn.extend([[name for name, _ in curves], leaders])
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(results, "save_flow", lambda *args: [save_flow(*args), args[7]["evolution.png"]()])
+    monkeypatch.setattr(results, "evolution_picture", curves)
+    names = ["\ue000", "dog", "\ue001 x"]  # private characters, which no font has
+    result = explain("--target", *names, *named(*names))
+    assert result.returncode == 0 and "  \ue000\n" in result.stdout, result.stderr
+    caption, titles, curve_names, leaders = drawn
+    assert titles == curve_names == ["class 0", "dog", "class 2"] and set(leaders) <= set(titles)
+    assert caption.startswith("class 0:") and "\nclass 2:" in caption
