@@ -81,7 +81,8 @@ def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, duration: i
     path, frames = check_path("path", path), check_frames("frames", frames)
     if isinstance(duration, Sequence | np.ndarray):
         check_sequence("duration", duration, f"a number, or one for each of {len(frames)} frames", len(frames))
-    for milliseconds in duration if isinstance(duration, Sequence | np.ndarray) else [duration]:
+        duration = list(duration)
+    for milliseconds in duration if isinstance(duration, list) else [duration]:
         check_number("duration", milliseconds, 0, MAX_DURATION)
     if path.is_dir() or not path.parent.is_dir():
         reason = f"is a folder: {path}" if path.is_dir() else f"there is no folder {path.parent}"
