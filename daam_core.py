@@ -209,8 +209,8 @@ def dimension_importance(f: Tensor, neighbours: Iterable[Tensor]) -> Tensor:
     Returns:
         `(B, D)`, 0..1; ones if p is constant.
     """
-    groups = check_neighbours(f, neighbours)
-    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for z, f_i in zip(groups, f)])  # (B, D)   Eq. 7
+    neighbours = check_neighbours(f, neighbours)
+    p = torch.stack([f_i * z.float().mean(0).to(f_i.device) for z, f_i in zip(neighbours, f)])  # (B, D)   Eq. 7
     total = p.sum(1, keepdim=True).abs()  # (B, 1)
     p = p / torch.where(total > 0, total, 1)  # (B, D)   cancels in Eq. 8; kept as published
     low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)  # (B, 1)

@@ -107,10 +107,10 @@ def check_weights(parameter: Tensor) -> None:
 
 def check_images(images: Any, channels: int | None = None) -> None:
     """Raise unless `images` are `(B, C, H, W)` of floating point; `channels` None: any number."""
-    expected = "a tensor (B, C, H, W) with B > 0"
-    check_tensor("images", images, expected)
+    check_tensor("images", images, "a tensor (B, C, H, W) with B > 0")
     if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images: expected {expected} and no empty side, got {tuple(images.shape)}")
+        shape = tuple(images.shape)
+        raise ValueError(f"images: expected a tensor (B, C, H, W) with B > 0 and no empty side, got {shape}")
     if not images.is_floating_point():
         raise ValueError(
             f"images: expected normalised floating point values, got {images.dtype}; apply the model's transform"

@@ -61,7 +61,7 @@ def check_output(output: Tensor) -> None:
 
 def failure(model: nn.Module, error: Exception) -> str:
     """Say what about a model made its run fail, after an error of torch; "" if that is not known."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if "meta" in str(error) and any(parameter.is_meta for parameter in model.parameters()):
         return "model: a part of it is on the meta device and has no values; load its weights first"
     if "Inference tensors cannot be saved" in str(error):
         return "model: a part of it was made under torch.inference_mode(), which rules out gradients; make it outside"
@@ -111,6 +111,8 @@ def _misfit(model: nn.Module, images: Images, error: Exception) -> str:
     name, parameter, channels = type(model).__name__, reference_parameter(model), input_channels(model)
     if isinstance(error, AssertionError):  # timm and torchvision assert the size of the images
         return f"images: they do not fit {name}: {' '.join(str(error).split())}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return ""
     if reason := failure(model, error):
         return reason
     if isinstance(images, Tensor) and images.shape[1] != channels:
