@@ -203,3 +203,199 @@ def test_side_by_side_with_titles():
 def test_side_by_side_errors(panels, titles, match):
     with pytest.raises(ValueError, match=match):
         side_by_side(panels, titles)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrong arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAPS = torch.rand(2, 3, 3)
+HEAT = np.zeros((2, 4, 4), np.uint8)
+FRAMES = [solid("red"), solid("lime")]
+
+
+@pytest.mark.parametrize(
+    "maps, error, got",
+    [
+        (MAPS.to_sparse(), ValueError, "dense real numbers, got torch.float32, torch.sparse_coo, on cpu"),
+        (MAPS.to("meta"), ValueError, "dense real numbers, got .* on meta"),
+        (MAPS.cfloat(), ValueError, "dense real numbers, got torch.complex64"),
+        (MAPS.bool(), ValueError, "dense real numbers, got torch.bool"),
+        (MAPS.numpy() + 1j, ValueError, "dense real numbers, got complex64"),
+        (MAPS.numpy() > 0, ValueError, "dense real numbers, got bool"),
+        (np.full((2, 3, 3), None), ValueError, "dense real numbers, got object"),
+        (np.full((2, 3, 3), "1"), ValueError, "dense real numbers, got <U1"),
+        ([[1.0], [1.0, 2.0]], ValueError, r"dense real numbers, got \[\[1.0\], \[1.0, 2.0\]\]"),
+        ([], ValueError, r"the maps \(L, h, w\) of one image, got \(0,\)"),
+        ("maps.npz", TypeError, "the maps .* got str"),
+        (None, TypeError, "the maps .* got NoneType"),
+    ],
+)
+def test_render_of_something_else(maps, error, got):
+    with pytest.raises(error, match=f"^accumulated: expected {got}"):
+        render(maps)
+
+
+@pytest.mark.parametrize(
+    "value, match", [(1e300, "has NaN or infinite"), (1e38, "has values beyond 6.8e37, .*; scale the maps down")]
+)
+def test_render_of_values_that_are_too_large(value, match):
+    maps = np.full((2, 3, 3), value)
+    maps[:, 0, 0] = 0
+    with pytest.raises(ValueError, match=f"^accumulated: {match}"):
+        render(maps)
+    assert render(maps / value * 1e37).max() == 255
+
+
+def test_render_takes_nested_lists_and_integers():
+    assert np.array_equal(render([[[0, 1], [2, 3]]]), render(np.arange(4.0).reshape(1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    "size, error, match",
+    [
+        ((0, 0), ValueError, "^size: expected at least 1, got 0$"),
+        ((5, -1), ValueError, "^size: expected at least 1, got -1$"),
+        (
+            (10**6, 10**6),
+            ValueError,
+            "^size: 2 x 1000000 x 1000000 bytes are more than 4 GiB; make",
+        ),
+        ((1, 2**40), ValueError, "^size: .* bytes are more than 4 GiB"),
+        ((5,), ValueError, "^size: expected two integers, got 1$"),
+        ((5, 5, 3), ValueError, "^size: expected two integers, got 3$"),
+        (5, TypeError, "^size: expected two integers, got int$"),
+        ("ab", TypeError, "^size: expected two integers, got str$"),
+        ({3: 1, 4: 1}, TypeError, "^size: expected two integers, got dict$"),
+        ((1.5, 2), TypeError, "^size: expected an integer, got 1.5$"),
+        ((float("nan"), 2), TypeError, "^size: expected an integer, got nan$"),
+        ((True, 2), TypeError, "^size: expected an integer, got True$"),
+        ((None, 2), TypeError, "^size: expected an integer, got None$"),
+    ],
+)
+def test_render_in_a_wrong_size(size, error, match):
+    with pytest.raises(error, match=match):
+        render(MAPS, size)
+
+
+@pytest.mark.parametrize("size", [[6, 4], np.array([6, 4]), torch.tensor([6, 4]), torch.Size([6, 4])])
+def test_render_takes_any_pair_of_integers(size):
+    assert np.array_equal(render(MAPS, size), render(MAPS, (6, 4)))
+
+
+@pytest.mark.parametrize(
+    "image, heat, labels, error, match",
+    [
+        ("a.png", HEAT, None, TypeError, r"^image: expected a PIL image or an array \(H, W, 3\) of uint8, got str$"),
+        (torch.zeros(3, 4, 4), HEAT, None, TypeError, "^image: .* got Tensor$"),
+        (solid("red", (0, 4)), HEAT, None, ValueError, "^image: .* got 0 x 4 pixels$"),
+        (np.zeros((0, 4, 3), np.uint8), HEAT, None, ValueError, r"^image: .* got \(0, 4, 3\) uint8$"),
+        (np.zeros((4, 4, 3)), HEAT, None, ValueError, "^image: .* float64$"),
+        (solid("red"), None, None, TypeError, "^heat: expected an array .* got NoneType$"),
+        (solid("red"), torch.from_numpy(HEAT), None, TypeError, "^heat: .* got Tensor$"),
+        (solid("red"), HEAT[:0], None, ValueError, "^heat: expected"),
+        (solid("red"), HEAT, "ab", TypeError, "^labels: expected one for each of 2 frames, got str$"),
+        (solid("red"), HEAT, [], ValueError, "^labels: expected one for each of 2 frames, got 0$"),
+        (solid("red"), HEAT, [1, 2], TypeError, "^labels: expected texts, got int$"),
+        (solid("red"), HEAT, 5, TypeError, "^labels: .* got int$"),
+    ],
+)
+def test_overlay_of_something_else(image, heat, labels, error, match):
+    with pytest.raises(error, match=match):
+        overlay(image, heat, labels)
+
+
+def test_overlay_of_a_file_that_is_cut(tmp_path):
+    solid("red", (400, 400)).save(tmp_path / "a.bmp")
+    (tmp_path / "a.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:500])
+    with (
+        Image.open(tmp_path / "a.bmp") as image,
+        pytest.raises(ValueError, match="^image: cannot be read: .*trunc"),
+    ):
+        overlay(image, HEAT)
+
+
+def test_a_picture_in_16_bits_looks_like_its_twin_in_8():
+    values = np.linspace(0, 255, 800).round().reshape(20, 40).astype(np.uint8)
+    deep, flat = Image.fromarray(values.astype(np.uint16) * 257), Image.fromarray(values)
+    for frame, twin in zip(overlay(deep, HEAT), overlay(flat, HEAT), strict=True):
+        assert np.array_equal(frame, twin)
+    assert np.array_equal(contact_sheet(deep, [deep]), contact_sheet(flat, [flat]))
+    assert np.array_equal(side_by_side([[deep]])[0], flat.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"columns": 0}, ValueError, "^columns: expected at least 1, got 0$"),
+        ({"columns": 1.5}, TypeError, "^columns: expected an integer, got 1.5$"),
+        ({"columns": True}, TypeError, "^columns: expected an integer, got True$"),
+        ({"side": 0}, ValueError, "^side: expected at least 1, got 0$"),
+        ({"side": -288}, ValueError, "^side: expected at least 1, got -288$"),
+        ({"side": 10**7}, ValueError, "^side: .* bytes are more than 4 GiB; make the picture smaller$"),
+        ({"side": "288"}, TypeError, "^side: expected an integer, got '288'$"),
+        ({"caption": None}, TypeError, "^caption: expected a text, got NoneType$"),
+        ({"frames": []}, ValueError, "^frames: there are none; pass at least one$"),
+        ({"frames": None}, TypeError, "^frames: expected a sequence of PIL images, got NoneType$"),
+        ({"frames": ["a.png"]}, TypeError, "^frames: expected a PIL image"),
+        (
+            {"frames": [*FRAMES, solid("red", (3, 3))]},
+            ValueError,
+            "^frames: expected one size for all, got 40 x 20",
+        ),
+        ({"image": None}, TypeError, "^image: expected a PIL image"),
+    ],
+)
+def test_contact_sheet_errors(arguments, error, match):
+    with pytest.raises(error, match=match):
+        contact_sheet(**{"image": solid("red"), "frames": FRAMES} | arguments)
+
+
+@pytest.mark.parametrize(
+    "panels, titles, error, match",
+    [
+        (None, None, TypeError, "^panels: expected for each class its frames, got NoneType$"),
+        (FRAMES, None, TypeError, "^panels: expected for each class its frames, got Image$"),
+        ([[]], None, ValueError, r"^panels: expected the same number of frames for every class, got \[0\]$"),
+        (
+            [FRAMES, [solid("red", (3, 3))] * 2],
+            None,
+            ValueError,
+            "^panels: expected one size for all, got 40 x 20",
+        ),
+        ([["a.png"]], None, TypeError, "^panels: expected a PIL image"),
+        ([FRAMES, FRAMES], "ab", TypeError, "^titles: expected one for each of 2 classes, got str$"),
+        ([FRAMES, FRAMES], ["a", None], TypeError, "^titles: expected texts, got NoneType$"),
+    ],
+)
+def test_side_by_side_of_something_else(panels, titles, error, match):
+    with pytest.raises(error, match=match):
+        side_by_side(panels, titles)
+
+
+@pytest.mark.parametrize("blocks, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_block_labels_errors(blocks, error):
+    with pytest.raises(error, match="^blocks: expected"):
+        block_labels(blocks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names that people have
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, shown", [("a\x1b[1m", r"a\x1b[1m"), ("a\tb", r"a\tb"), ("\ue000\u0378", "??")])
+def test_labels_titles_and_captions_are_legible(text, shown):
+    pages = [
+        (*overlay(solid("grey", (80, 60)), HEAT[:1], [words]), *side_by_side([FRAMES, FRAMES], [words, "a"]),
+         contact_sheet(solid("red"), FRAMES, words))
+        for words in (text, shown)
+    ]  # fmt: skip
+    for page, same in zip(*pages, strict=True):
+        assert np.array_equal(page, same)
+
+
+def test_every_line_of_a_caption_has_its_own_font():
+    plain, both = (np.asarray(contact_sheet(solid("red"), FRAMES, caption)) for caption in ("cup 1\n ", "cup 1\nкот 2"))
+    changed = np.nonzero((plain != both).any((1, 2)))[0]
+    assert len(changed) and changed.min() > len(plain) - 8 - 24 - 8  # the first line is drawn as it was

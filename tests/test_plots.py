@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from daam_core import evolution_picture
@@ -96,3 +97,48 @@ def test_picture_errors(frames, curves, shares, leaders, leads_from, match):
     frames = [[Image.new("RGB", (6, 4))] * 4] * frames
     with pytest.raises(ValueError, match=match):
         evolution_picture(frames, [("cup", [0.5] * 4)] * curves, [[0.25] * 4] * shares, ["cup"] * leaders, leads_from)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"frames": None}, TypeError, "^frames: expected for each class its frames, got NoneType$"),
+        ({"frames": [[1, 2]]}, TypeError, "^frames: expected a PIL image"),
+        ({"frames": [[Image.new("RGB", (6, 4)), Image.new("RGB", (4, 6))]]}, ValueError, "^frames: expected one size"),
+        ({"curves": [("cup", 5)]}, TypeError, "^curves: expected for each class its values, got int$"),
+        ({"curves": [("cup",)]}, ValueError, "^curves: expected for each class its name and its values, got 1$"),
+        ({"curves": [(5, [0.1, 0.2])]}, TypeError, "^curves: expected a name first, got int$"),
+        ({"curves": [("cup", [0.1, float("nan")])]}, ValueError, "^curves: expected a number from .* got nan$"),
+        ({"curves": [("cup", [0.1, 93.0])]}, ValueError, "^curves: expected a number from .* got 93.0$"),
+        ({"curves": [("cup", [0.1, None])]}, TypeError, "^curves: expected a number, got NoneType$"),
+        ({"shares": [[0.5, float("inf")]]}, ValueError, "^shares: expected a number from .* got inf$"),
+        ({"shares": "ab"}, TypeError, "^shares: expected for each class its values, got str$"),
+        ({"leaders": "ab"}, TypeError, "^leaders: expected a name for each block, got str$"),
+        ({"leaders": [1, 2]}, TypeError, "^leaders: expected texts, got int$"),
+        ({"leads_from": 1.0}, TypeError, "^leads_from: expected an integer, got 1.0$"),
+        ({"quantity": None}, TypeError, "^quantity: expected a text, got NoneType$"),
+        ({"note": 5}, TypeError, "^note: expected a text, got int$"),
+    ],
+)
+def test_picture_of_something_else(arguments, error, match):
+    good = {
+        "frames": [[Image.new("RGB", (6, 4))] * 2], "curves": [("cup", [0.2, 0.8])], "shares": [[0.5, 0.5]],
+        "leaders": ["cup"] * 2,
+    }  # fmt: skip
+    evolution_picture(**good)
+    with pytest.raises(error, match=match):
+        evolution_picture(**good | arguments)
+
+
+def test_values_of_numpy_and_torch():
+    frames, shares = [[Image.new("RGB", (6, 4))] * 2], [[0.5, 0.5]]
+    pictures = [
+        evolution_picture(frames, [("cup", kind([0.25, 0.75]))], kind(shares), ["cup"] * 2)
+        for kind in (list, np.array, torch.tensor)
+    ]
+    assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
+
+
+@pytest.mark.parametrize("text, shown", [("\x1b[1m", r"\x1b[1m"), ("\ue000", "?"), ("кот\u0378", "кот?")])
+def test_names_are_legible(text, shown):
+    assert draw(name=text).tobytes() == draw(name=shown).tobytes()
