@@ -43,10 +43,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flow_methods import METHODS
-from benchmarks.flow_report import case_table, page_table, plot, write_into_page
+from benchmarks.flow_report import case_table, page_table, plot, read_report, write_into_page
 from benchmarks.machine import available_memory, device_name, peak_memory, synchronize, used_memory
+from command_line import terminal
 from command_line.options import Parser, find_device, number
+from command_line.terminal import complain, say
 from daam_core import attention_flow
+from daam_vit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, PLOT = ROOT / "benchmarks" / "flow.json", ROOT / ".img" / "benchmark_flow.png"
@@ -283,7 +286,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         if options.read:
-            options.report = json.loads(options.read.read_text(encoding="utf-8"))
+            options.report = read_report(options.read)
             return options
         options.device = find_device(options.device)
         options.cases = [Case.parse(text) for text in (ALL if options.cases == ["all"] else options.cases)]
@@ -292,18 +295,24 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the tables, and write numbers and plot."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the tables, and write numbers and plot; return the exit status."""
     options = parse_options(arguments)
     json_file, plot_file = (JSON, PLOT) if options.write else (options.out / "flow.json", options.out / "flow.png")
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    report = options.report if options.read else run(options, json_file)
-    print(page_table(report))
-    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(report, plot_file)
-    if options.write:
-        write_into_page(report)
-    print(f"-> {json_file}, {plot_file}")
+    try:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        report = options.report if options.read else run(options, json_file)
+        say(*page_table(report).split("\n"))
+        write_report(report, json_file)
+        with atomic_write(plot_file) as part:
+            plot(report, part)
+        if options.write:
+            write_into_page(report)
+    except OSError as error:
+        complain(f"error: out: {json_file.parent} cannot be written: {error.strerror or error}; pass another --out")
+        return 2
+    say(f"-> {json_file}, {plot_file}")
+    return 0
 
 
 def run(options: argparse.Namespace, json_file: Path) -> dict:
@@ -318,9 +327,16 @@ def run(options: argparse.Namespace, json_file: Path) -> dict:
         dtype = getattr(torch, options.dtype)
         measured = measure(case, options.methods, options.device, dtype, options.rounds, options.seconds)
         report["cases"].append(measured)
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(case_table(measured), end="\n\n", flush=True)
+        write_report(report, json_file)
+        say(*case_table(measured).split("\n"), "")
+        sys.stdout.flush()
     return report
+
+
+def write_report(report: dict, file: Path) -> None:
+    """Write the numbers as JSON."""
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def version(package: str) -> str | None:
@@ -332,4 +348,4 @@ def version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.flow_methods import BASE, METHODS
+from models.schema import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,10 +29,36 @@ COLOURS = {
 }  # fmt: skip
 """Methods of the plot, in the colours of Okabe and Ito, which are safe for colour blindness; references are grey."""
 
+RESULT = {"skipped": str, "seconds": [float], "peak_bytes": float}
+CASE = {"model": str, "pixels": int, "batch": int, "tokens": int, "rounds": int, "results": {str: RESULT}}
+REPORT = {"device": str, "threads": int, "dtype": str, "versions": {str: str}, "cases": [CASE]}
+"""Schema of `flow.json`, see `models.schema`."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_report(file: Path) -> dict:
+    """Read the numbers of an earlier measurement.
+
+    Raises:
+        ValueError: if the file is not the `flow.json` of a measurement.
+    """
+    source = f"read: {file}"
+    report = parse_json(file.read_bytes(), REPORT, source, tuple(REPORT))
+    complete = [
+        case.keys() >= CASE.keys() and all(map(_complete, case["results"].values())) for case in report["cases"]
+    ]
+    if not complete or not all(complete):
+        place = f"cases[{complete.index(False)}] is not complete" if complete else "cases is empty"
+        raise ValueError(f"{source}: {place}; measure again")
+    return report
+
+
+def _complete(result: dict) -> bool:
+    return "skipped" in result or ("peak_bytes" in result and min(result.get("seconds") or [0]) > 0)
 
 
 @dataclass(frozen=True)
@@ -176,7 +203,7 @@ def plot(report: dict, file: Path) -> None:
         below.yaxis.set_minor_formatter("")
         label_cases(below, cases)
         figure.supxlabel(f"pixels x images in a batch; {report['device']}, {threads(report)}", fontsize=9)
-        figure.savefig(file, dpi=200, metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
         pyplot.close(figure)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SCRIPT = "VIT_DynamicAccumulatedAttentionMap_oneSample"
 PHOTO = ROOT / ".img" / "coffee.png"
 FUNCTIONS = {
@@ -49,7 +50,6 @@ def parts(arguments: list[str]) -> dict[str, float]:
 
         return run
 
-    sys.path.insert(0, str(ROOT))
     for module in ("torch", "timm", SCRIPT):
         timed("import the rest" if module == SCRIPT else f"import {module}", importlib.import_module)(module)
     script = sys.modules[SCRIPT]
@@ -62,12 +62,14 @@ def parts(arguments: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the rounds and print median, minimum and maximum of every part."""
+    """Run the rounds and report them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_small_patch14_caltech101")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", metavar="FILE", help=argparse.SUPPRESS)  # measure them in this process
     options = parser.parse_args()
+    if not 1 <= options.rounds <= 1000:
+        parser.exit(2, f"error: rounds: expected 1 to 1000, got {options.rounds}\n")
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--image", str(PHOTO), "--model", options.model, "--output-dir", folder]
         if options.parts:
@@ -77,7 +79,8 @@ def main() -> None:
 
         def seconds(*command: str) -> float:
             began = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode:
+                sys.exit(2)  # it said why
             return time.perf_counter() - began
 
         rounds = []
@@ -93,14 +96,19 @@ def main() -> None:
             measured["from the start until the GIF is there"] = until = gif.stat().st_ctime - began  # its last renaming
             measured["beyond torch, timm, model, flow, lens"] = until - needed
             rounds.append(measured)
-    print(
-        f"{options.model}, Python {platform.python_version()}, {os.cpu_count()} CPUs, {options.rounds} rounds; seconds"
-    )
+    report(options.model, rounds)
+
+
+def report(model: str, rounds: list[dict[str, float]]) -> None:
+    """Print median, minimum and maximum of every part."""
+    from command_line.terminal import say  # not above: it imports what is measured
+
+    say(f"{model}, Python {platform.python_version()}, {os.cpu_count()} CPUs, {len(rounds)} rounds; seconds")
     for part in rounds[0]:
         values = [measured[part] for measured in rounds]
-        print(f"  {part:<36}{statistics.median(values):7.3f}  ({min(values):.3f} to {max(values):.3f})")
+        say(f"  {part:<36}{statistics.median(values):7.3f}  ({min(values):.3f} to {max(values):.3f})")
     beyond = statistics.median(measured["beyond torch, timm, model, flow, lens"] for measured in rounds)
-    print(f"  {'within 1 second' if beyond <= 1 else 'more than 1 second'}")
+    say(f"  {'within 1 second' if beyond <= 1 else 'more than 1 second'}")
 
 
 if __name__ == "__main__":

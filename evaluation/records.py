@@ -81,7 +81,8 @@ def running(out: Path, settings: dict, metadata: dict) -> Iterator[dict]:
         out.mkdir(parents=True, exist_ok=True)
     with hold(out, "out", "another evaluation"):
         for part in out.glob(".*.????????.part"):  # of a run that was killed: nobody else holds the folder
-            part.unlink()
+            if part.is_file():
+                part.unlink()
         if (out / "run.json").exists():
             present = read_settings(out)
             different = [key for key, value in settings.items() if present.get(key) != value]

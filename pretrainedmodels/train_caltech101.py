@@ -334,6 +334,7 @@ def main() -> None:
         return evaluate(args.out, held_out, args.device, args.workers)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
+    np.random.seed(args.seed)  # RandAugment of timm draws from it, if --workers is 0
     args.work.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out.with_name("caltech101_held_out.txt")) as part:
         part.write_text("".join(f"{photo.parent.name}/{photo.name}\n" for photo, _ in held_out))

@@ -150,6 +150,37 @@ def test_bad_options_are_one_line(options, text, capsys):
     assert stop.value.code == 2 and text in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda r: [r], "it should be an object"),
+        (lambda r: r.pop("cases") and r, "has no 'cases'"),
+        (lambda r: r | {"cases": []}, "cases is empty; measure again"),
+        (lambda r: r | {"device": None}, "device should be a text, got null"),
+        (lambda r: r | {"cases": [{"model": "a"}]}, "cases[0] is not complete; measure again"),
+        (lambda r: r["cases"][1]["results"]["forward"].update(seconds=[]) or r, "cases[1] is not complete"),
+        (lambda r: r["cases"][1]["results"]["forward"].update(seconds=[0]) or r, "cases[1] is not complete"),
+        (lambda r: r["cases"][1]["results"]["forward"].pop("peak_bytes") and r, "cases[1] is not complete"),
+        (lambda r: r["cases"][0]["results"].update(forward=[]) or r, "cases[0].results.forward should be an object"),
+    ],
+)
+def test_a_report_that_cannot_be_read(change, text, tmp_path, capsys):
+    file = tmp_path / "flow.json"
+    file.write_text(json.dumps(change(json.loads(flow.JSON.read_text(encoding="utf-8")))))
+    with pytest.raises(SystemExit) as stop:
+        flow.main(["--read", str(file), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"read: {file}" in error and text in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert flow.main(["--read", str(flow.JSON), "--out", str(tmp_path / "file" / "below")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out: ") and error.endswith("pass another --out\n") and error.count("\n") == 1
+
+
 def test_page_shows_what_was_measured():
     report = json.loads(flow.JSON.read_text(encoding="utf-8"))
     page = flow_report.PAGE.read_text(encoding="utf-8")
