@@ -8,7 +8,9 @@ from PIL import Image, ImageCms
 GDAL_NODATA = 42113
 """TIFF tag with the value of pixels without data, as text (https://gdal.org/drivers/raster/gtiff.html)."""
 APART = 10
-"""A lowest or highest value is no data if its gap to all others is more than this many times their range."""
+"""A lowest or highest value is missing data if its gap to all others is more than this many times their range."""
+CUSTOMARY = (-999, -9999, -99999, -32768)
+"""Values that often stand for missing data; a gap of more than the range of the others is enough for them."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -21,6 +23,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: if no pixel has data.
     """
+    image.load()  # the mode of an icon is not known before
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 65535 is always white
         return _grey(_sixteen_bits(image) / 257)
     if image.mode in ("I", "F"):
@@ -65,13 +68,17 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     if not inner.size:
         return low, high
     second, last = inner.min(), inner.max()
-    if last > second and min(second - low, high - last) > APART * (last - second):
+    if last > second and all(_apart(v, gap, last - second) for v, gap in ((low, second - low), (high, high - last))):
         return second, last
-    if second - low > APART * (high - second):
+    if _apart(low, second - low, high - second):
         return second, high
-    if high - last > APART * (last - low):
+    if _apart(high, high - last, last - low):
         return low, last
     return low, high
+
+
+def _apart(value: float, gap: float, spread: float) -> bool:
+    return gap > spread * (1 if value in CUSTOMARY else APART)
 
 
 def _declared_missing(image: Image.Image) -> float:

@@ -176,7 +176,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
     if "MAX_TEXT" in str(error):
         return f"has more than {PngImagePlugin.MAX_TEXT_MEMORY // 2**20} MB of metadata; save it without"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
     return f"cannot be read: {printable(text.removeprefix('image: ') or type(error).__name__, NAME_LIMIT)}"
 
 

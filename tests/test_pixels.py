@@ -204,6 +204,17 @@ def test_missing_integers_do_not_change_the_others():
     assert np.array_equal(grey_of(Image.fromarray(values)), np.where(values < 0, 0, stretched(GREY)))
 
 
+@pytest.mark.parametrize("missing", [-9999, -32768])
+def test_customary_values_need_a_smaller_gap(missing):
+    """Heights of up to 3,000 m, with holes."""
+    heights = (RAMP * 6000 - 1200).astype(np.float32)
+    values = heights.copy()
+    values[5] = missing
+    assert np.array_equal(grey_of(Image.fromarray(values)), np.where(values == missing, 0, stretched(heights)))
+    values[5] = -9998  # may be a height
+    assert np.array_equal(grey_of(Image.fromarray(values)), stretched(values))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("text", "value"),
@@ -235,8 +246,9 @@ def test_a_declared_value_that_is_no_number_is_ignored(text):
         np.linspace(-3.4e38, 3.4e38, 64).reshape(8, 8),
         RAMP * 1e-30,
         np.where(RAMP > 0.699, RAMP + 4.5, RAMP),  # 9 times the range of the others
+        np.linspace(-9999, 9999, 64).reshape(8, 8),
     ],
-    ids=["two values", "limits of float", "tiny", "bright spot"],
+    ids=["two values", "limits of float", "tiny", "bright spot", "no gap"],
 )
 def test_values_that_are_data_are_kept(values):
     values = values.astype(np.float32)
@@ -262,9 +274,11 @@ def test_a_picture_without_data_is_an_error(image):
         to_rgb(image)
 
 
-def test_a_file_that_is_not_loaded_yet():
-    """The palette of an icon appears with its pixels."""
-    file = io.BytesIO()
-    gradient(128, 128).quantize(16).save(file, "ICNS")
-    image = Image.open(file)
-    assert to_rgb(image).size == image.size
+def test_icons_change_their_mode_while_they_are_loaded():
+    for picture in (Image.fromarray(GREY).convert("P"), Image.fromarray(GREY.astype(np.uint16) * 257)):
+        file = io.BytesIO()
+        picture.resize((128, 128), Image.Resampling.NEAREST).save(file, "ICNS")
+        image = Image.open(file)
+        assert image.mode == "RGBA"
+        assert np.unique(grey_of(image)).tolist() == np.unique(GREY).tolist()
+        assert image.mode == picture.mode
