@@ -562,32 +562,37 @@ def test_only_temporary_folders_of_flows_are_deleted(tmp_path):
 
 
 def test_two_processes_do_not_mix_their_files(tmp_path):
-    """Each file takes its time to move; all that are there in the end are from one process."""
+    """A fast one begins while a slow one moves its files, and waits; without the lock it would overtake it."""
     code = """
+colour, delay = sys.argv[2], float(sys.argv[3])
 replace = os.replace
 def slow(old, new):
-    time.sleep(0.05)
+    if "flow.gif" not in str(old):  # which is also moved when it is written
+        print("moving", flush=True)
+        time.sleep(delay)
     replace(old, new)
 os.replace = slow
-name, tag = sys.argv[1:]
+picture = Image.new("RGB", (40, 20), colour)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(2):
-    picture = Image.new("RGB", (40, 20), tag)
-    save_flow(name, picture, flow, caption=tag, manifest={"tag": tag}, pictures={f"{n}.png": picture for n in range(4)})
+more = {f"{n}.png": picture for n in range(4)}
+save_flow(sys.argv[1], picture, flow, manifest={"colour": colour}, pictures=more)
 """
-    processes = [python(code, tmp_path / "a", tag, stdin=subprocess.PIPE) for tag in ("red", "blue")]
-    for process in processes:
+    first, second = (
+        python(code, tmp_path / "a", *options, stdin=subprocess.PIPE) for options in (("red", 0.3), ("blue", 0.01))
+    )
+    for process in (first, second):
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
+    for process in (first, second):
         process.stdin.write("\n")
         process.stdin.flush()
-    for process in processes:
+        assert process.stdout.readline() == "moving\n"
+    for process in (first, second):
         _, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
-    tag = json.loads((tmp_path / "a" / "flow.json").read_text())["tag"]
+    assert json.loads((tmp_path / "a" / "flow.json").read_text())["colour"] == "blue"
     for n in range(4):
-        assert np.array_equal(Image.open(tmp_path / "a" / f"{n}.png"), solid(tag))
+        assert np.array_equal(Image.open(tmp_path / "a" / f"{n}.png"), solid("blue"))
     assert os.listdir(tmp_path) == ["a"]
 
 
