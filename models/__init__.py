@@ -103,14 +103,15 @@ def load(
             - `hf:NAME`, a Hugging Face transformers model: `organisation/model[@revision]` on the hub, or a folder
               written by `save_pretrained`
             - `torchvision:NAME[.WEIGHTS]` (`torchvision.models.list_models`)
-        checkpoint: a local `.safetensors` file, or a `torch.save` file, which is read with `weights_only=True`. The
-            weights may lie under one of `weights.WRAPPERS` and carry the prefixes `module.`, `_orig_mod.` or
-            `backbone.`. The width of the classifier sets the number of classes. Not supported for `hf:` models.
+        checkpoint: a local file of weights, safetensors or what `torch.save` wrote, whatever its suffix is; no code in
+            it is run. The weights may lie under `layouts.WRAPPERS` and carry `layouts.PREFIXES`. The width of the
+            classifier sets the number of classes; their names come from the metadata of the file, or are unknown. Not
+            supported for `hf:` models.
         device: the device of the model.
 
     Raises:
         WeightsUnavailable: if the weights are neither passed nor cached and cannot be downloaded. A hub that does not
-            answer is detected within 5 seconds.
+            answer is detected within 5 seconds, and none is asked if `HF_HUB_OFFLINE=1`.
         ValueError: if the name is unknown, or the checkpoint is missing, cannot be read or does not fit; the error
             names the keys. Missing weights are never replaced by random ones.
     """

@@ -105,7 +105,9 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = (
-            f"holds more than tensors ({printable(found[1], 80)})" if found else "is damaged or holds more than tensors"
+            f"holds more than tensors ({printable(found[1].removeprefix('builtins.'), 80)})"
+            if found
+            else "is damaged or holds more than tensors"
         )
         raise ValueError(
             f"checkpoint: {name} {what} and is not loaded, because it could run code; "
@@ -255,7 +257,7 @@ _PATHS = "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"
 _STANDS_FOR = {
     _StandIn: {
         "argparse": "Namespace",
-        "builtins": "set frozenset slice range int float str bool bytes list tuple dict object",
+        "builtins": "set frozenset slice range complex bytearray int float str bool bytes list tuple dict object",
         "datetime": "date datetime time timedelta timezone",
         "decimal": "Decimal",
         "fractions": "Fraction",

@@ -87,7 +87,8 @@ def _fitting(
     architecture: str, arguments: dict[str, Any], config: PretrainedCfg | None, checkpoint: Checkpoint
 ) -> nn.Module:
     """Build an architecture with the number of classes and the weights of a checkpoint."""
-    own = shapes_of(lambda: timm.create_model(architecture, **arguments))
+    as_named = arguments.keys() <= {"num_classes", "img_size"}  # other arguments may make a model of any size
+    own = shapes_of(lambda: timm.create_model(architecture, **arguments), may_allocate=as_named)
     surplus = sum(map(math.prod, own.values())) - 4 * sum(value.numel() for value in checkpoint.state.values())
     if surplus > MAX_SURPLUS:
         raise ValueError("it has only a small part of the weights")

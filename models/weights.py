@@ -138,12 +138,19 @@ def reachable(url: str, seconds: float = 4) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def shapes_of(build: Callable[[], nn.Module]) -> dict[str, Size]:
-    """Return the names and shapes of the weights of the model that a function builds, without memory for them."""
+def shapes_of(build: Callable[[], nn.Module], may_allocate: bool = True) -> dict[str, Size]:
+    """Return the names and shapes of the weights of the model that a function builds, without memory for them.
+
+    Args:
+        build: builds the model.
+        may_allocate: whether to use memory if a model computes with its weights while it is built.
+    """
     try:
         with torch.device("meta"):
             model = build()
-    except RuntimeError:  # a model that computes with its weights
+    except RuntimeError:
+        if not may_allocate:
+            raise
         model = build()
     return {name: value.shape for name, value in model.state_dict().items()}
 

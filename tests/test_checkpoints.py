@@ -167,7 +167,7 @@ def test_stand_ins_run_no_code():
 
 
 def test_allowed_types_are_allowed_only_while_a_checkpoint_is_read(tiny, tmp_path):
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())
     torch.save(tiny, tmp_path / "w.pth")
     read_checkpoint(tmp_path / "w.pth")
     assert torch.serialization.get_safe_globals() == before

@@ -1,14 +1,27 @@
 """Tests of timm models: names, the hub and its cache, the transform, class names."""
 
+import dataclasses
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
 from huggingface_hub import constants as hub
 from PIL import Image
+from timm.models import get_pretrained_cfg
 from tiny_checkpoints import TINY, fake_cache, refused, same_weights
 
 import models
 from models import WeightsUnavailable, find_class, load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +81,118 @@ def test_cached_weights_are_used_without_asking_the_network(tmp_path, monkeypatc
     assert same_weights(loaded.model, state)
     assert loaded.checkpoint.samefile(file)
     assert loaded.class_names[281] == "tabby, tabby cat"
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran while weights were loaded",))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_cached_pickle_runs_no_code(tmp_path, monkeypatch, capfd, name):
+    """Whatever its suffix is, and whatever the installed timm would do with it."""
+    state = timm.create_model(TINY).state_dict()
+    file = fake_cache(tmp_path, timm.get_pretrained_cfg(TINY).hf_hub_id, state)
+    file.unlink()
+    torch.save(state | {"other": Malicious()}, file.with_name(name))
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsUnavailable, match=rf"could not be loaded: checkpoint: {name} holds more than tensors"):
+        load(TINY)
+    assert "code ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_cached_weights_of_either_format(tmp_path, monkeypatch, name):
+    state = timm.create_model(TINY).state_dict()
+    file = fake_cache(tmp_path, timm.get_pretrained_cfg(TINY).hf_hub_id, state)
+    file.unlink()
+    torch.save(state, file.with_name(name))
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    loaded = load(TINY)
+    assert same_weights(loaded.model, state) and loaded.checkpoint.name == name
+    assert "state_dict" not in loaded.model.pretrained_cfg  # it would hold all weights twice
+
+
+def from_address(monkeypatch, tmp_path, name, url, **settings):
+    """Let the weights of an architecture come from an address, as those of older timm models do."""
+    config = dataclasses.replace(get_pretrained_cfg(name), hf_hub_id=None, hf_hub_filename=None, url=url, **settings)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, config)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, f"{name}.{config.tag}", config)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    (tmp_path / "torch" / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def test_weights_from_an_address(tmp_path, monkeypatch):
+    """They are fetched once, into the cache of torch.hub, and the hash in their name is checked."""
+    state = timm.create_model(TINY).state_dict()
+    torch.save({"model": state}, tmp_path / "w.pth")
+    tag = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / "w.pth").rename(tmp_path / f"w-{tag}.pth")
+    monkeypatch.setattr(models.weights, "reachable", lambda *_: True)
+    from_address(monkeypatch, tmp_path, TINY, (tmp_path / f"w-{tag}.pth").as_uri())
+    loaded = load(TINY)
+    assert same_weights(loaded.model, state)
+    assert loaded.checkpoint == tmp_path / "torch" / "checkpoints" / f"w-{tag}.pth"
+    monkeypatch.setattr(models.weights, "reachable", lambda *_: pytest.fail("the network was asked"))
+    assert load(TINY).checkpoint == loaded.checkpoint
+    monkeypatch.setattr(models.weights, "reachable", lambda *_: True)
+    (tmp_path / f"w-{tag}.pth").rename(tmp_path / "w-00000000.pth")
+    from_address(monkeypatch, tmp_path, TINY, (tmp_path / "w-00000000.pth").as_uri())
+    refused(TINY, f"the weights of {TINY} could not be loaded: invalid hash value")
+    assert not (tmp_path / "torch" / "checkpoints" / "w-00000000.pth").exists()
+
+
+def test_arrays_of_jax_are_read_by_timm_without_pickle(tmp_path, monkeypatch):
+    from_address(monkeypatch, tmp_path, TINY, "http://127.0.0.1:9/w.npz", custom_load=True)
+    np.savez(tmp_path / "torch" / "checkpoints" / "w.npz", **{"embedding/kernel": np.array([Malicious()])})
+    error = refused(TINY, f"the weights of {TINY} could not be loaded: ")
+    assert isinstance(error, WeightsUnavailable)
+    read = []
+    monkeypatch.setattr(timm.models.VisionTransformer, "load_pretrained", lambda self, path: read.append(path))
+    assert load(TINY).checkpoint.name == "w.npz" and read == [str(tmp_path / "torch" / "checkpoints" / "w.npz")]
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("HF_HUB_OFFLINE", TINY),
+        ("TRANSFORMERS_OFFLINE", "hf:some/vit"),
+        ("HF_HUB_OFFLINE", "torchvision:vit_b_16"),
+    ],
+)
+def test_offline_means_no_connection(tmp_path, variable, name):
+    """In a process of its own, because the libraries read the variable when they are imported."""
+    asked = []
+
+    class Count(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_CONNECT = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Count) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), address)
+        environment = os.environ | proxies | {
+            "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path),
+            "NO_PROXY": "", "no_proxy": "",
+        }  # fmt: skip
+        code = f"from models import load\ntry:\n    load({name!r})\nexcept ValueError as error:\n    print(error)"
+        answers = []
+        for settings in ({variable: "1"}, {variable: "0"}):
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=environment | settings, cwd=ROOT, capture_output=True, text=True
+            )
+            answers.append((run.stdout, len(asked)))
+        server.shutdown()
+    (offline, before), (_, after) = answers
+    assert f"the weights of {name} are not cached and {variable} forbids a download; unset it, or pass" in offline
+    assert before == 0 and after > 0, "the server would not have noticed a connection"
 
 
 def test_no_cache_and_no_network(tmp_path, monkeypatch):

@@ -103,6 +103,34 @@ def test_torchvision_with_a_damaged_cache(tiny, tmp_path):
     assert isinstance(error, WeightsUnavailable)
 
 
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran while weights were loaded",))
+
+
+def test_a_cached_pickle_runs_no_code(tiny, tmp_path, capfd):
+    for file in (tmp_path / "torch" / "checkpoints").iterdir():
+        torch.save(tiny["FIRST"].state_dict() | {"other": Malicious()}, file)
+    refused("torchvision:tiny_vit", r"could not be loaded: checkpoint: tiny-01234567.pth holds more than tensors")
+    assert "code ran" not in capfd.readouterr().out
+
+
+def test_a_download_is_checked_against_the_hash_in_its_name(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "torch" / "checkpoints" / "tiny-01234567.pth"
+    file.rename(tmp_path / file.name)
+    asked = []
+
+    def download(url, target, hash_prefix, progress=True):
+        asked.append((url, hash_prefix))
+        shutil.copy(tmp_path / file.name, target)
+
+    monkeypatch.setattr(models.weights, "reachable", lambda *_: True)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    assert load("torchvision:tiny_vit").checkpoint == file
+    assert asked == [(TinyWeights.FIRST.url, "01234567")]
+    assert "get_state_dict" not in vars(TinyWeights)  # torchvision is left as it was
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
