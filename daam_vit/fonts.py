@@ -7,6 +7,7 @@ all characters; with none, a missing character becomes "?". Names of files and c
 from __future__ import annotations
 
 import io
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -26,8 +27,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 MAX_LENGTH = 1000
 """Largest number of characters of a line."""
 _ASCII = frozenset(map(chr, range(32, 127)))
-_JOINERS = frozenset("\u200c\u200d")
-"""Invisible, but they decide how their neighbours are shaped."""
+_JOINERS = frozenset("\u200c\u200d\u200e")
+"""Invisible, but they decide how their neighbours are shaped, and in which direction they run."""
+_LABELLED = re.compile("(?<=[\u0590-\u08ff])(?=[:,])")
+"""Where a name in Hebrew or Arabic ends; without a mark a number after it would run to its left."""
 
 
 def write(
@@ -91,6 +94,8 @@ def fit(text: str, size: float, max_width: float | None = None) -> tuple[str, Fo
     words, font = "".join("?" if c in missing else c for c in words), _sized(face, size)
     if _direction(font) is None:  # joiners are hidden only if the text is shaped
         words = "".join(c for c in words if c not in _JOINERS)
+    else:
+        words = _LABELLED.sub("\u200e", words)
     if max_width is None or _length(words, font) <= max_width:
         return words, font
     fitting = bisect_right(range(1, len(words)), max_width, key=lambda n: _length(f"{words[:n]}…", font))

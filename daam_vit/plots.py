@@ -74,7 +74,7 @@ def evolution_picture(
 
     curves = list(zip(names, values))
     layout = _Layout(frames, curves)
-    notes = textwrap.wrap(note, int(layout.width / 7.5))
+    notes = _wrap(note, layout.width - 48)
     height = layout.notes + 24 * len(notes) + 16
     check_memory("frames", _FINE * layout.width, _FINE * height, 4)
     page = _Page(layout.width, height)
@@ -265,6 +265,16 @@ def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]]) -> N
             page.box(begin + 1, y, begin + wide - 1, at.floor, at.colours[k])
             if wide > 40:
                 page.text(begin + wide / 2, y - 11, _percent(share), 14, anchor="mm")
+
+
+def _wrap(note: str, width: float) -> list[str]:
+    """Break a note into lines that fit: shorter ones if its font is wider than Pillow's own."""
+    count = int((width + 48) / 7.5)
+    lines = textwrap.wrap(note, count)
+    while count > 1 and any(width_of(line, _FINE * 15) > _FINE * width for line in lines):
+        count = int(0.9 * count)
+        lines = textwrap.wrap(note, count)
+    return lines
 
 
 def _draw_notes(page: _Page, at: _Layout, notes: Sequence[str]) -> None:

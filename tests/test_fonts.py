@@ -93,6 +93,14 @@ def test_arabic_joins_and_runs_to_the_left(only_matplotlib):
     assert columns[0].min() == columns[1].min()
 
 
+@needs_shaping
+@pytest.mark.parametrize("name", ["قطة", "חתול"])
+def test_a_value_stands_after_its_name(only_matplotlib, name):
+    """Otherwise the number of "name: 20 %" would stand before the name, and its per cent sign after it."""
+    both, alone = (np.nonzero((drawn(text) < 128).any((0, 2)))[0] for text in (f"{name}: 20 %", name))
+    assert both.min() == alone.min() and both.max() > alone.max() + 40
+
+
 @pytest.mark.parametrize("text", ["قطة", "חתול", "हिन्दी", "แมว", "x\u0304"])
 def test_a_script_that_cannot_be_shaped(fresh, monkeypatch, text):
     monkeypatch.setattr(fonts, "_shapes", lambda: False)

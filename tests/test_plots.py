@@ -1,5 +1,7 @@
 """Test the picture of how a decision forms: what lies where, and what it refuses."""
 
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,14 @@ def test_picture_of_something_else(arguments, error, match):
     evolution_picture(**good)
     with pytest.raises(error, match=match):
         evolution_picture(**good | arguments)
+
+
+def test_a_note_in_wide_characters_is_not_cut():
+    note = "слово " * 100
+    lines = plots._wrap(note, 1000)
+    assert " ".join(lines) == note.strip() and all(plots.width_of(line, 30) <= 2000 for line in lines)
+    assert plots.width_of(lines[0] + " слово" * 4, 30) > 2000  # nor is a line much shorter than it could be
+    assert plots._wrap("i " * 100, 1000) == textwrap.wrap("i " * 100, 139)  # 7.5 pixels a character, of 1,048
 
 
 def test_values_of_numpy_and_torch():
