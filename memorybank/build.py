@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -88,7 +89,8 @@ def build(
     classes = {name: index for index, name in enumerate(found["train"])}
     unknown = [name for name in found.get("test", {}) if name not in classes]
     if unknown:
-        raise ValueError(f"test: the class '{printable(unknown[0], 80)}' is not among the sub-folders of {train}")
+        name, folder = printable(unknown[0], 80), shown(folders["train"])
+        raise ValueError(f"test: the class '{name}' is not among the sub-folders of {folder}")
     items = {
         split: [(file, classes[name]) for name, files in of_class.items() for file in files]
         for split, of_class in found.items()
@@ -146,7 +148,7 @@ def _check_arguments(
     ):
         if not low <= number <= high:
             raise ValueError(f"{name}: expected {low} to {high}, got {number}")
-    if os.path.exists(out) and not os.path.isdir(out):
+    if "\0" in str(out) or (os.path.exists(out) and not os.path.isdir(out)):
         raise ValueError(f"out: {shown(Path(out))} is not a folder; pass another one")
 
 
@@ -195,6 +197,12 @@ class _Images(Dataset):
             return i, self.black, str(error).removeprefix("image: ")
 
 
+def _follow(_: int) -> None:
+    """Leave a kill to the first process, which ends its workers; each would print a traceback about the other."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # of the thread that hands tensors over; errors of images take another way
+
+
 @torch.inference_mode()
 def _extract(
     loaded: LoadedModel,
@@ -211,7 +219,11 @@ def _extract(
         torch.cuda.set_device(device)  # otherwise the thread that pins memory also opens the first GPU
     images, total = _Images(files, loaded.transform), sum(map(len, work.values()))
     loader = DataLoader(
-        images, batch_sampler=list(work.values()), num_workers=workers, pin_memory=device.type == "cuda"
+        images,
+        batch_sampler=list(work.values()),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_follow,
     )
     rank, ranks = _rank()
     label = split if ranks == 1 else f"{split}, rank {rank} of {ranks}"
@@ -245,9 +257,11 @@ def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
     """Lock the folder of the parts, delete what a killed build has left, and write the plan if the build is new."""
     try:
         parts.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"out: {shown(parts)} cannot be made: {_reason(error)}; pass another folder") from error
-    stack.enter_context(hold(parts, "out", "another build"))
+        stack.enter_context(hold(parts, "out", "another build"))
+    except OSError as error:
+        raise ValueError(
+            f"out: {shown(parts)} cannot be written: {_reason(error)}; make room, or pass another folder"
+        ) from error
     _discard(parts, ".*.part")
     if not (parts / "plan.json").is_file():  # a build was killed during its clean-up, or this one is new
         _clear(parts)
@@ -282,11 +296,11 @@ def _writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: OSError | RuntimeError) -> str:
     """Return in a few words why a file cannot be written."""
     if isinstance(error, RuntimeError):  # torch does not say why
         return "the disk may be full"
-    return getattr(error, "strerror", None) or first_line(error)
+    return error.strerror or first_line(error)
 
 
 def _check_plan(parts: Path, plan: dict) -> None:

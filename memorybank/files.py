@@ -137,7 +137,7 @@ class _Array:
         if not re.fullmatch("[iuf][1248]", dtype.code):
             raise ValueError(f"numbers are expected, not numpy's {printable(str(dtype.code), 20)}")
         layout = np.dtype(dtype.order.replace("|", "=") + dtype.code)
-        self.array = np.ndarray(shape, layout, bytearray(values), order="F" if columns_first else "C")
+        self.array = np.ndarray(shape, layout, values, order="F" if columns_first else "C").copy(order="K")
 
 
 NUMPY = [
@@ -157,9 +157,10 @@ def _read_tensor(path: Path) -> Tensor:
     name = shown(path)
     if not os.path.isfile(path):
         raise ValueError(f"bank: there is no file {name}")
-    with open(path, "rb") as file:
-        start = file.read(64)
+    start = b"unknown"
     try:
+        with open(path, "rb") as file:
+            start = file.read(64)
         is_numpy = start.startswith(b"\x93NUMPY")
         value = np.load(path, mmap_mode="c", allow_pickle=False) if is_numpy else _torch_load(path)
         if isinstance(value, _Array):
@@ -190,6 +191,8 @@ def _problem(start: bytes, error: Exception) -> str:
         return "is damaged, or holds more than tensors and is not loaded"
     if "PytorchStreamReader" in str(error):
         return "is cut off or damaged; copy or download it again"
+    if "inline_container" in str(error):
+        return "is an archive of another kind; save one array by numpy.save, or one tensor by torch.save"
     return f"cannot be read: {printable(first_line(error), 200)}"
 
 

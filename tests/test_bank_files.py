@@ -173,6 +173,8 @@ def bad(name, value, **metadata):
 
 NAN = rows(6, 4).index_fill(0, torch.tensor([3]), torch.nan)
 CUT = as_npy(rows(6, 4).numpy())[:-5]
+ARCHIVE = io.BytesIO()
+np.savez(ARCHIVE, features=rows(6, 4).numpy())
 PLAIN = "should hold a plain tensor of real numbers, but has a"
 
 
@@ -220,6 +222,7 @@ def pipe(name):
         (bad("trainfeat.pth", as_npy(np.array(["a"] * 6))), "trainfeat.pth cannot be read: can't convert"),
         (bad("trainfeat.pth", np.array([None] * 6)), "trainfeat.pth cannot be read: numbers are expected, not"),
         (bad("trainfeat.pth", np.ma.masked_array(rows(6, 4).numpy())), "holds more than tensors and is not loaded"),
+        (bad("trainfeat.pth", ARCHIVE.getvalue()), "trainfeat.pth is an archive of another kind; save one"),
         (pipe("trainfeat.pth"), "bank: there is no file .*trainfeat.pth"),
         (pipe("bank.json"), "bank: .*bank.json is not a file"),
         (bad("trainfeat.pth", NAN), "trainfeat.pth has NaN or infinite values; build it again"),
