@@ -172,7 +172,7 @@ def read_records(path: str | Path, run: dict | None = None) -> list[dict]:
 
 
 def _check_run(record: dict, run: dict, source: str) -> None:
-    """Raise a ValueError if a record is of a run with other methods, steps or stages."""
+    """Raise a ValueError if a record is of a run with other methods, steps or stages, or a number is impossible."""
     lengths = {"scores": 0, "curves": run["steps"] + 1, "methods": len(run["stages"])}
     for entry, length in lengths.items():
         for method, values in record.get(entry, {}).items():
@@ -182,6 +182,19 @@ def _check_run(record: dict, run: dict, source: str) -> None:
             wrong = [value for value in values.values() if isinstance(value, list) and len(value) != length]
             if wrong:
                 raise ValueError(f"{source} is of another run: {place} has {len(wrong[0])} values, not {length}")
+    for entry in (*lengths, "blocks"):
+        impossible = [number for number in _numbers(record.get(entry)) if abs(number) > 1.001]  # they were rounded
+        if impossible:
+            raise ValueError(f"{source}: {entry} has {impossible[0]:.4g}, but shares and correlations are -1 to 1")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield all numbers in a value that was parsed from JSON."""
+    if isinstance(value, (dict, list)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(entry)
+    elif value is not None:
+        yield value
 
 
 def _check_regular(file: Path) -> None:
