@@ -100,14 +100,13 @@ def require_server(url: str, name: str, local: str = "a local checkpoint") -> No
         name: the model, for the error.
         local: what the user can pass instead, for the error.
     """
-    variable = offline_variable()
-    if variable is None and reachable(url):
-        return
-    reason = f"{url} cannot be reached" if variable is None else f"{variable} forbids a download; unset it"
-    raise WeightsUnavailable(
-        f"model: the weights of {printable(name, 80)} are not cached and {reason}{',' if variable else ';'} "
-        f"{'or ' * bool(variable)}pass {local}, or an embedded model ({', '.join(embedded_names())})"
-    )
+    shown, instead = printable(name, 80), f"pass {local}, or an embedded model ({', '.join(embedded_names())})"
+    if variable := offline_variable():
+        raise WeightsUnavailable(
+            f"model: the weights of {shown} are not cached and {variable} forbids a download; unset it, or {instead}"
+        )
+    if not reachable(url):
+        raise WeightsUnavailable(f"model: the weights of {shown} are not cached and {url} cannot be reached; {instead}")
 
 
 def reachable(url: str, seconds: float = 4) -> bool:
