@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from daam_vit.text import printable
+
 
 @contextmanager
 def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
@@ -25,16 +27,16 @@ def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
         ValueError: if another process, or another thread, holds it (the error says which), or if the file system of
             the folder has no locks.
     """
-    lock, holder = FileLock(folder / ".lock", thread_local=False), folder / ".holder"
+    lock, holder, shown = FileLock(folder / ".lock", thread_local=False), folder / ".holder", printable(str(folder))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise ValueError(
-            f"{argument}: {what} is running in {folder}, by {who}; wait for it, or pass another folder"
+            f"{argument}: {what} is running in {shown}, by {who}; wait for it, or pass another folder"
         ) from None
     except NotImplementedError:
-        raise ValueError(f"{argument}: {folder} is on a file system without locks; pass another folder") from None
+        raise ValueError(f"{argument}: {shown} is on a file system without locks; pass another folder") from None
     with held:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")

@@ -34,7 +34,7 @@ from daam_vit.locks import hold
 from daam_vit.text import printable
 from memorybank.files import shown
 from models import LoadedModel, weights_sha256
-from models.images import read_image, walk_images
+from models.images import list_folder, read_image, walk_images
 from models.schema import parse_json
 from models.versions import versions
 from models.weights import first_line
@@ -155,7 +155,8 @@ def _check_arguments(
 def find_classes(folder: str | Path, split: str) -> dict[str, list[Path]]:
     """Return the sorted images of every class, recursively; classes without images and hidden folders are skipped.
 
-    Links are followed as in `models.images.walk_images`: no photo is counted for a second class.
+    Links are followed as in `models.images.walk_images`, but none from a class into another one. A class that is itself
+    a link to another one has the same photos.
 
     Raises:
         ValueError: if the folder does not exist or cannot be listed, or no sub-folder has an image.
@@ -163,11 +164,9 @@ def find_classes(folder: str | Path, split: str) -> dict[str, list[Path]]:
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise ValueError(f"{split}: there is no folder {shown(folder)}")
-    classes: dict[str, list[Path]] = {}
-    for file in walk_images(folder, split):
-        name, *below = file.relative_to(folder).parts
-        if below:
-            classes.setdefault(name, []).append(file)
+    real = {sub: sub.resolve() for sub in list_folder(folder, split)[1]}
+    found = {sub.name: walk_images(sub, split, {*real.values()} - {real[sub]}) for sub in real}
+    classes = {name: files for name, files in found.items() if files}
     if not classes:
         raise ValueError(
             f"{split}: {shown(folder)} has no images; it should have one sub-folder per class, with its images"

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -67,13 +67,13 @@ def find_images(path: str | Path) -> list[Path]:
         raise ValueError(f"image: {name} {_reason(error, path)}") from None
     if not is_folder:
         return [path]
-    files = sorted(_scan(path, "image")[0])
+    files = sorted(list_folder(path, "image")[0])
     if not files:
         raise ValueError(f"image: the folder {name} has no images")
     return files
 
 
-def walk_images(folder: str | Path, argument: str = "image", without: Iterable[str | Path] = ()) -> list[Path]:
+def walk_images(folder: str | Path, argument: str = "image", without: Collection[Path] = ()) -> list[Path]:
     """Return the sorted image files of a folder and its sub-folders, also of those that links lead to.
 
     No folder is entered twice, and no link is followed to a folder that holds `folder` itself. Hidden files and folders
@@ -82,14 +82,14 @@ def walk_images(folder: str | Path, argument: str = "image", without: Iterable[s
     Args:
         folder: an existing folder; it may be hidden.
         argument: the argument that names it, for the error.
-        without: folders to skip, with all that is in them. One that holds `folder` itself is ignored.
+        without: real paths of folders to skip, with all that is in them. One that holds `folder` itself is ignored.
 
     Raises:
         ValueError: if a folder cannot be listed.
     """
     folder = Path(folder)
     root = folder.resolve()
-    skipped = {Path(path).resolve() for path in without} - {root, *root.parents}
+    skipped = {*without} - {root, *root.parents}
     seen = {*root.parents, *(path.resolve() for path in folder.absolute().parents)} - {root}
     files, folders, links = [], [folder], []
     while folders or links:  # links last, so that a file has the path without one
@@ -98,15 +98,25 @@ def walk_images(folder: str | Path, argument: str = "image", without: Iterable[s
         if real in seen or not skipped.isdisjoint([real, *real.parents]):
             continue
         seen.add(real)
-        images, below = _scan(current, argument)
+        images, below = list_folder(current, argument)
         files += images
         for path in below:
             (links if path.is_symlink() else folders).append(path)
     return sorted(files)
 
 
-def _scan(folder: Path, argument: str) -> tuple[list[Path], list[Path]]:
-    """List the image files and the folders in a folder, without hidden ones; special files count as files."""
+def list_folder(folder: Path, argument: str) -> tuple[list[Path], list[Path]]:
+    """Return the image files and the folders in a folder, sorted and without hidden ones.
+
+    Links count as what they lead to, special files and broken links as files.
+
+    Args:
+        folder: the folder.
+        argument: the argument that names it, for the error.
+
+    Raises:
+        ValueError: if the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             visible = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))

@@ -12,7 +12,7 @@ A schema is made of Python's own types:
 from __future__ import annotations
 
 import json
-import math
+import sys
 from typing import Any
 
 from daam_vit.text import printable
@@ -55,9 +55,7 @@ def check_schema(value: Any, schema: Any, source: str, place: str = "") -> None:
         place: the entry, for the error, such as "train.files"; "" for the whole.
     """
     if not _is_of(value, schema):
-        raise ValueError(
-            f"{source}: {place or 'it'} should be {_describe(schema)}, got {printable(json.dumps(value), 40)}"
-        )
+        raise ValueError(f"{source}: {place or 'it'} should be {_describe(schema)}, got {_shown(value)}")
     if isinstance(schema, tuple):
         schema = next(one for one in schema if _is_of(value, one))
     if isinstance(schema, list):
@@ -79,8 +77,15 @@ def _is_of(value: Any, schema: Any) -> bool:
     if isinstance(schema, (list, dict)):
         return isinstance(value, type(schema))
     if schema is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return printable(json.dumps(value), 40)
+    except RecursionError:  # json writes fewer levels than it reads
+        return "a deeply nested " + type(value).__name__
 
 
 def _describe(schema: Any) -> str:

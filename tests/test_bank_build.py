@@ -173,12 +173,14 @@ def test_links_bring_no_photos_of_other_classes_and_none_twice(tmp_path):
     (train / "dog" / "more").symlink_to("../../more")
     (train / "dog" / "again").symlink_to("../../more")
     (train / "emu").symlink_to("../linked")
+    (train / "kitty").symlink_to("cat")
     (train / "cat" / "emus").symlink_to("../../linked")
     for hidden in (".ipynb_checkpoints", ".Trash-1000"):
         write_photo(train / "cat" / hidden / "6.png", 6)
         write_photo(train / hidden / "7.png", 7)
     found = {name: [str(f.relative_to(train)) for f in files] for name, files in find_classes(train, "train").items()}
-    assert sorted(found) == ["cat", "dog", "emu"]
+    assert sorted(found) == ["cat", "dog", "emu", "kitty"]
+    assert found["kitty"] == ["kitty/1.png", "kitty/deep/2.png"]
     assert found["cat"] == ["cat/1.png", "cat/deep/2.png"] and found["emu"] == ["emu/5.png"]
     assert found["dog"] in (["dog/3.png", "dog/again/4.png"], ["dog/3.png", "dog/more/4.png"])
 

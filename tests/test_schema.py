@@ -33,6 +33,8 @@ def test_what_fits_is_returned():
         ("counts", {"a": [1, True]}, "counts.a[1] should be a whole number, got true"),
         ("counts", {"a\x1b": [1.5]}, "counts.a\\x1b[0] should be a whole number, got 1.5"),
         ("share", float("nan"), "share should be a number, got NaN"),
+        ("share", float("-inf"), "share should be a number, got -Infinity"),
+        ("share", 10**400, f"share should be a number, got 1{'0' * 38}…"),
         ("share", "1", 'share should be a number, got "1"'),
         ("share", False, "share should be a number, got false"),
         ("done", 1, "done should be true or false, got 1"),
@@ -45,6 +47,14 @@ def test_the_first_value_that_does_not_fit_is_named(place, value, message):
     with pytest.raises(ValueError) as error:
         check_schema(GOOD | {place: value}, SCHEMA, "file: a.json")
     assert str(error.value) == f"file: a.json: {message}"
+
+
+def test_any_depth_is_one_line():
+    """Python reads a few levels more than it can write."""
+    for depth in range(900, 1100):
+        with pytest.raises(ValueError) as error:
+            parse_json("[" * depth + "]" * depth, SCHEMA, "file: a.json")
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
