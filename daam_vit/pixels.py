@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageCms
 
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
+"""Tags that say what the numbers in a TIFF mean (TIFF 6.0); Pillow does not obey all of them."""
+UNSIGNED, SIGNED = 1, 2
+"""Values of `SAMPLE_FORMAT`."""
 GDAL_NODATA = 42113
 """TIFF tag with the value of pixels without data, as text (https://gdal.org/drivers/raster/gtiff.html)."""
 APART = 10
@@ -16,18 +20,21 @@ CUSTOMARY = (-999, -9999, -99999, -32768)
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB.
 
-    Transparency becomes white, and 16 bits are scaled to 8. Modes I (32-bit integers) and F (floats) have no fixed
-    range: the lowest value becomes black, and the highest white. NaN, infinity and values that stand for missing data
-    do not take part in this range and are black.
+    Transparency becomes white, and 16 bits are scaled to 8. Modes I (32-bit integers) and F (floats), and the signed
+    integers of TIFF, have no fixed range: the lowest value becomes black, and the highest white. NaN, infinity and
+    values that stand for missing data do not take part in this range and are black.
 
     Raises:
-        ValueError: if no pixel has data.
+        ValueError: if no pixel has data, or Pillow mixes up the planes of a TIFF.
     """
     image.load()  # the mode of an icon is not known before
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 65535 is always white
-        return _grey(_sixteen_bits(image) / 257)
-    if image.mode in ("I", "F"):
-        return _grey(_stretched(np.asarray(image, np.float64), _declared_missing(image)))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, kind = (tags.get(tag, (1,))[0] for tag in (BITS, SAMPLE_FORMAT))
+    if tags.get(PLANES) == 2 and bits == 16 and tags.get(COMPRESSION) == 1:
+        raise ValueError("image: its 16-bit planes are not compressed, which Pillow cannot read; compress it by LZW")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or (image.mode == "L" and kind == SIGNED):
+        greys = _to_8_bits(image, bits, kind, white_is_low=tags.get(PHOTOMETRIC) == 0)
+        return Image.fromarray(greys.round().astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
@@ -39,8 +46,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+def _to_8_bits(image: Image.Image, bits: int, kind: int, white_is_low: bool) -> np.ndarray:
+    """Return the only band of an image as floats from 0 to 255; the arguments are tags of a TIFF."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: 65535 is always white
+        white = 4095 if bits == 12 else 65535
+        values = _sixteen_bits(image)
+        return (white - values if white_is_low else values) / (white / 255)
+    dtypes = {("I", 32, UNSIGNED): np.uint32, ("L", 8, SIGNED): np.int8}  # Pillow takes them for the opposite
+    values = np.asarray(image)
+    values = values.view(dtypes.get((image.mode, bits, kind), values.dtype)).astype(np.float64)
+    sign = -1 if white_is_low else 1
+    return _stretched(sign * values, sign * _declared_missing(image))
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:

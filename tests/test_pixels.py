@@ -40,6 +40,20 @@ def tiff(values, nodata):
     return Image.open(file)
 
 
+def retagged(image, **tags):
+    """Return a TIFF, opened, whose numbers have another meaning: t262=0 replaces the value of tag 262."""
+    file = io.BytesIO()
+    image.save(file, "TIFF", tiffinfo={284: 1, 339: 1})
+    data = bytearray(file.getvalue())
+    entries = range(struct.unpack_from("<I", data, 4)[0] + 2, len(data) - 12, 12)
+    for entry in entries:
+        value = tags.pop(f"t{struct.unpack_from('<H', data, entry)[0]}", None)
+        if value is not None:
+            struct.pack_into("<HIHH", data, entry + 2, 3, 1, value, 0)
+    assert not tags, "there is no such tag"
+    return Image.open(io.BytesIO(data))
+
+
 def sixteen_bit_png(values, transparent):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -125,6 +139,36 @@ def test_sixteen_bits_are_scaled_by_the_white_of_the_format():
         pgm = Image.open(io.BytesIO(b"P5 8 8 %d\n" % maximum + scaled.tobytes()))
         assert pgm.mode == "I"
         assert np.abs(grey_of(pgm) - dark / 257).max() <= 0.63
+
+
+SIXTEEN = GREY.astype(np.uint16) * 257
+ABOVE_INT32 = GREY.astype(np.uint32) * 16_777_216
+TWELVE = np.frombuffer(
+    b"".join((4097 * round(int(a) * 4095 / 255)).to_bytes(3, "big") for a in GREY[:, ::2].flat), np.uint8
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "greys"),
+    [
+        (retagged(Image.fromarray(65535 - SIXTEEN), t262=0), GREY),
+        (retagged(Image.fromarray((-RAMP).astype(np.float32)), t262=0), stretched(RAMP)),
+        (retagged(Image.fromarray(255 - GREY), t262=0), GREY),
+        (retagged(Image.fromarray(GREY - np.uint8(128)), t339=2), stretched(GREY)),
+        (retagged(Image.fromarray(ABOVE_INT32.view(np.int32)), t339=1), stretched(GREY)),
+        (retagged(Image.fromarray(TWELVE.reshape(8, 12)), t256=8, t258=12), np.repeat(GREY[:, ::2], 2, axis=1)),
+    ],
+    ids=["white is 0", "white is low", "white is 0, 8 bits", "signed", "unsigned", "12 bits"],
+)
+def test_numbers_mean_what_the_tags_of_a_tiff_say(file, greys):
+    assert np.array_equal(grey_of(file), greys)
+
+
+def test_planes_that_pillow_mixes_up():
+    image = Image.new("RGB", (8, 8))
+    image.tag_v2 = {258: (16, 16, 16), 259: 1, 284: 2}
+    with pytest.raises(ValueError, match="^image: its 16-bit planes are not compressed, which Pillow cannot read; "):
+        to_rgb(image)
 
 
 TRANSPARENT = {
