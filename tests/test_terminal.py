@@ -126,7 +126,7 @@ def test_a_script_that_is_terminated_leaves_whole_results_only(offline, weights,
         Image.effect_noise((300, 200), n).save(tmp_path / "photos" / f"{n}.png")
     command = [sys.executable, SCRIPT, "--image", tmp_path / "photos", "--checkpoint", weights, "--output-dir", "out"]
     process = start(command, tmp_path, lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL), offline)
-    wait_for(lambda: list(tmp_path.glob("out/tiny/*-*/flow.json")), process)
+    wait_for(lambda: list(tmp_path.glob("out/tiny/[!.]*/flow.json")), process)
     process.terminate()
     assert process.wait(timeout=60) == 143 and no_leftovers(tmp_path)
     assert "Traceback" not in (tmp_path / "log").read_text()
