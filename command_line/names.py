@@ -161,6 +161,8 @@ def _take(folder: Path, subject: str) -> bool:
         with open(claim, "x", encoding="ascii") as file:
             file.write(subject)
     except FileExistsError:
+        if not claim.is_file():  # it is gone by now, or something else of this name
+            return False
         abandoned = time.time() - claim.stat().st_mtime > PATIENCE
         return abandoned or claim.read_text(encoding="ascii", errors="replace") == subject
     if _is_free(folder, subject):  # another process may have finished its result in the meantime
@@ -172,11 +174,11 @@ def _take(folder: Path, subject: str) -> bool:
 def _is_free(folder: Path, subject: str) -> bool:
     """Return whether a folder has no complete result, or one of the same subject."""
     file = folder / "flow.json"
+    if not file.is_file():  # a pipe would be read for ever
+        return not os.path.lexists(file) and (folder.is_dir() or not os.path.lexists(folder))
     try:
         return _subject(parse_json(file.read_bytes(), SCHEMA, str(file))) == subject
-    except FileNotFoundError:
-        return not folder.is_symlink() or folder.is_dir()
-    except (NotADirectoryError, IsADirectoryError, ValueError, KeyError):  # the latter: damaged, or written by others
+    except (ValueError, KeyError):  # damaged, or written by others
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import tempfile
@@ -22,6 +23,8 @@ from models.weights import first_line
 
 MAX_CLASSES = 10
 """Largest number of classes that are explained side by side."""
+MAX_DEPTH = 100
+"""Largest number of folders below each other that are made for the results."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,6 +313,8 @@ def check_output_dir(folder: Path) -> None:
                 break
             except FileNotFoundError:
                 missing.append(existing.name)
+        if len(missing) > MAX_DEPTH:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         for name in missing:
             with suppress(FileNotFoundError):
                 os.lstat(existing / name)  # it may be too long

@@ -17,7 +17,8 @@ def printable(text: str, limit: int | None = None) -> str:
         text: any text.
         limit: largest number of characters; a longer text ends with "…". None: no limit.
     """
-    escaped = "".join(map(_escaped, text if limit is None else text[: limit + 1]))
+    text = text if limit is None else text[: limit + 1]
+    escaped = text if text.isprintable() else "".join(map(_escaped, text))
     return escaped if limit is None or len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 

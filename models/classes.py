@@ -55,18 +55,19 @@ def find_class(name: str | int, class_names: list[str] | None, num_classes: int)
 
 def classes_called(name: str, class_names: list[str] | None) -> list[int]:
     """Return the indices of the classes with this name or synonym: those spelled exactly like it, or else all."""
-    plain, exact = _plain(name), _composed(name)
+    plain, exact = _plain(name), _exact(name)
     alike = []
     for index, names in enumerate(class_names or ()):
         synonyms = [names, *names.split(", ")]
-        if plain and plain in map(_plain, synonyms):
-            alike.append((index, exact in map(_composed, synonyms)))
+        same = exact in map(_exact, synonyms)
+        if plain and (same or plain in map(_plain, synonyms)):
+            alike.append((index, same))
     return [index for index, same in alike if same] or [index for index, _ in alike]
 
 
 def is_whole_name(name: str, class_names: list[str] | None) -> bool:
     """Return whether a class has exactly this name, not only as a synonym or in another spelling."""
-    return _composed(name) in map(_composed, class_names or ())
+    return _exact(name) in map(_exact, class_names or ())
 
 
 def _quoted(name: str) -> str:
@@ -76,6 +77,11 @@ def _quoted(name: str) -> str:
 def _composed(text: str) -> str:
     """Return the composed form (NFC) of a text: file systems and keyboards write the same letter in several ways."""
     return unicodedata.normalize("NFC", text.strip())
+
+
+def _exact(text: str) -> str:
+    """Return what whole names are compared by: as it is shown, since users copy what they see."""
+    return printable(_composed(text))
 
 
 def _plain(text: str) -> str:

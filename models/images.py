@@ -62,14 +62,14 @@ def find_images(path: str | Path) -> list[Path]:
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
-        raise ValueError(f"image: there is no file {name}") from None
+        raise ValueError(f"image: there is no file {name}; check the path") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"image: {name} {_reason(error, path)}") from None
     if not is_folder:
         return [path]
     files = sorted(list_folder(path, "image")[0])
     if not files:
-        raise ValueError(f"image: the folder {name} has no images")
+        raise ValueError(f"image: the folder {name} has no images; folders in it are not searched")
     return files
 
 

@@ -42,6 +42,8 @@ def find(name, names):
         ("café", ["tea", DECOMPOSED], 1),
         (DECOMPOSED.upper(), ["tea", "café"], 1),
         ("猫", ["犬", "猫"], 1),
+        ("a\nb", ["a b", "a\nb"], 1),
+        ("a\nb", ["a b", r"a\nb"], 1),  # as it is shown
         ("cat", ["", "cat", "  "], 1),
     ],
 )

@@ -335,7 +335,7 @@ def test_resize_longest_side():
 
 def test_find_images(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="image: the folder .* has no images"):
+    with pytest.raises(ValueError, match="image: the folder .* has no images; folders in it are not searched$"):
         find_images(tmp_path)
     for name in ("b.JPG", "a.png", ".hidden.png"):
         picture().convert("RGB").save(tmp_path / name, "PNG")
@@ -343,7 +343,7 @@ def test_find_images(tmp_path):
     assert [p.name for p in find_images(tmp_path)] == ["a.png", "b.JPG"]
     assert find_images(tmp_path / "a.png") == [tmp_path / "a.png"]
     shutil.rmtree(tmp_path / "c.png")
-    with pytest.raises(ValueError, match="image: there is no file"):
+    with pytest.raises(ValueError, match="image: there is no file .*; check the path$"):
         find_images(tmp_path / "gone")
 
 

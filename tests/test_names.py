@@ -146,6 +146,17 @@ def test_a_manifest_that_says_nothing_is_left_alone(text, tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("name", ["flow.json", CLAIM])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.name), Path.mkdir])
+def test_nothing_but_files_is_read(name, make, tmp_path):
+    """A pipe would be read for ever."""
+    place = tmp_path / "coffee-cup"
+    place.mkdir()
+    make(place / name)
+    assert save(place, manifest()) == "coffee-cup-2" and os.listdir(place) == [name]
+
+
 def test_other_things_in_the_way(tmp_path):
     folder = tmp_path / "coffee-cup"
     folder.write_text("a file")
@@ -153,6 +164,8 @@ def test_other_things_in_the_way(tmp_path):
     (tmp_path / "coffee-cup-3").mkdir()
     (tmp_path / "coffee-cup-3" / "flow.gif").write_text("an unfinished result")
     assert save(folder, manifest()) == "coffee-cup-3" and folder.read_text() == "a file"
+    (tmp_path / "loop").symlink_to("loop")
+    assert save(tmp_path / "loop", manifest()) == "loop-2"
     (tmp_path / "model").write_text("a file")
     with pytest.raises(OSError):
         save(tmp_path / "model" / "coffee-cup", manifest())
