@@ -246,7 +246,14 @@ def target_words(target: object) -> list[int | str] | None:
     for word in words:
         if isinstance(word, bool) or not isinstance(word, (int, str)):
             raise ValueError(f"target: expected names or indices of classes, got {printable(repr(word), MAX_SHOWN)}")
-    return words
+    return [_decoded(word) if isinstance(word, str) else word for word in words]
+
+
+def _decoded(word: str) -> str:
+    """Return a word of the command line as it was written, if it is in UTF-8 and the locale is not."""
+    with suppress(UnicodeError):
+        return os.fsencode(word).decode()
+    return word
 
 
 def find_targets(target: object, class_names: list[str] | None, num_classes: int) -> list[int] | int:

@@ -42,6 +42,16 @@ def test_targets(target, found):
     json.dumps(target_words(target))  # as flow.json lists them
 
 
+def test_targets_in_a_locale_without_their_characters(monkeypatch):
+    def given(name):
+        return name.encode().decode("ascii", "surrogateescape")
+
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert target_words([given("猫"), "кот", given("cat"), "\udcff", "\ud83d", 1]) == [
+        "猫", "кот", "cat", "\udcff", "\ud83d", 1,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
