@@ -58,8 +58,8 @@ from daam_vit.inputs import (
     check_block_maps,
     check_choice,
     check_neighbours,
-    check_shapes,
     check_votes,
+    check_weighting,
 )
 from daam_vit.lens import logit_lens
 from daam_vit.libraries import (
@@ -127,7 +127,7 @@ def block_map(
         `(B, N)`: L_b over all keys, prefix tokens included.
     """
     check_choice("heads", heads, (True, False))
-    check_shapes("B H Q N, B H N d, B H Q d", a=a, V=V, C=C)
+    check_weighting(a, V, C, w)
     wC_V = w(C) @ V.transpose(-2, -1)  # (B, H, Q, N)   w(C) . V[j], for every head
     wC_S = (a * wC_V).sum(2)  # (B, H, N)   w(C) . S[j], for every head   Eq. 2
     return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)   Eq. 5
@@ -162,7 +162,7 @@ def accumulate(block_maps: Tensor, norm: bool = False, valid: Tensor | None = No
         low, high = block_maps.masked_fill(~valid, torch.inf), block_maps.masked_fill(~valid, -torch.inf)
     low, high = low.amin((-2, -1), keepdim=True), high.amax((-2, -1), keepdim=True)  # (..., L, 1, 1)
     stretched = (block_maps - low) / torch.where(high > low, high - low, 1)  # (..., L, h, w)
-    return (stretched if valid is None else stretched * valid).cumsum(-3)  # (..., L, h, w)
+    return (stretched if valid is None else stretched.where(valid, 0)).cumsum(-3)  # (..., L, h, w)
 
 
 def neighbour_importance(

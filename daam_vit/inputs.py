@@ -25,6 +25,14 @@ MAX_CLASSES = 1_000_000
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Floating point types in which torch computes; others only store."""
 
+UNUSUAL = {
+    "nested": "pad it to one shape",
+    "quantized": "pass its dequantize()",
+    "complex": "pass real numbers",
+    "meta": "it has no values, load them first",
+}
+"""Kinds of tensors that cannot be used, and what to pass instead."""
+
 
 class UnsupportedModel(ValueError):
     """The decomposition, or the `rows` asked for, is not defined for this model, or its attention cannot be seen."""
@@ -46,16 +54,21 @@ def check_tensor(name: str, value: object, expected: str = "a tensor") -> None:
     """Raise unless the argument `name` is a dense tensor of real numbers that holds values."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    kind = (
-        "nested; pad it to one shape" if value.is_nested
-        else f"{value.layout}; pass its to_dense()" if value.layout != torch.strided
-        else "quantized; pass its dequantize()" if value.is_quantized
-        else "complex; pass real numbers" if value.is_complex()
-        else "on the meta device, without values; load them first" if value.is_meta
+    if kind := unusual_kind(value):
+        way_out = UNUSUAL.get(kind, "pass its to_dense()")
+        raise ValueError(f"{name}: expected {expected}, got one that is {kind}; {way_out}")
+
+
+def unusual_kind(tensor: Tensor) -> str:
+    """Return what keeps a tensor from being dense, real and with values: one of `UNUSUAL`, or its layout; else ""."""
+    return (
+        "nested" if tensor.is_nested
+        else str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided
+        else "quantized" if tensor.is_quantized
+        else "complex" if tensor.is_complex()
+        else "meta" if tensor.is_meta
         else ""
     )  # fmt: skip
-    if kind:
-        raise ValueError(f"{name}: expected {expected}, got one that is {kind}")
 
 
 def check_shapes(pattern: str, **tensors: Tensor) -> None:
@@ -146,12 +159,23 @@ def check_patches(images: dict[str, Tensor]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def check_weighting(a: Tensor, V: Tensor, C: Tensor, w: object) -> None:
+    """Raise unless attention rows, values and coefficients of one block fit each other, and `w` can be called."""
+    check_shapes("B H Q N, B H N d, B H Q d", a=a, V=V, C=C)
+    if not callable(w):
+        raise TypeError(f"w: expected a function of a tensor, such as torch.relu, got {type(w).__name__}")
+    if not a.dtype == V.dtype == C.dtype or not a.is_floating_point():
+        raise ValueError(f"a: expected one floating point type for a, V and C, got {a.dtype}, {V.dtype} and {C.dtype}")
+
+
 def check_block_maps(block_maps: Tensor, valid: Tensor | None) -> None:
     """Raise unless maps are `(..., L, h, w)`, and the cells that count, if given, `(B, h, w)`."""
     check_tensor("block_maps", block_maps, "a tensor (..., L, h, w)")
     shape = tuple(block_maps.shape)
     if len(shape) < 3 or 0 in shape:
         raise ValueError(f"block_maps: expected a tensor (..., L, h, w), not empty, got {shape}")
+    if not torch.isfinite(block_maps).all():
+        raise ValueError("block_maps: has NaN or infinite values; look for an overflow")
     if valid is not None:
         check_tensor("valid", valid, "a tensor (B, h, w)")
         if len(shape) < 4 or tuple(valid.shape) != (shape[0], *shape[-2:]) or valid.dtype != torch.bool:
@@ -161,28 +185,40 @@ def check_block_maps(block_maps: Tensor, valid: Tensor | None) -> None:
             )
 
 
-def label_indices(labels: Tensor, num_classes: int = MAX_CLASSES) -> Tensor:
-    """Return labels as int64; raise a ValueError unless they are integers from 0 to `num_classes` - 1."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: expected integers, got {labels.dtype}; convert them, labels.long()")
-    indices = labels.long()
+def check_indices(name: str, values: Tensor, count: int, what: str) -> Tensor:
+    """Return integers as int64; raise a ValueError unless they are integers from 0 to `count` - 1."""
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {values.dtype}; convert them, {name}.long()")
+    indices = values.long()
     low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels: expected classes 0 to {num_classes - 1}, got {low if low < 0 else high}")
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected {what} 0 to {count - 1}, got {low if low < 0 else high}")
     return indices
+
+
+def check_directions(features: Tensor) -> None:
+    """Raise a ValueError unless every feature of `(B, D)` is finite, and has a length by which it can be divided."""
+    check_finite("features", features, "look for NaN in the images and the weights")
+    lengths = torch.linalg.vector_norm(features.float(), dim=1)  # (B,)
+    wrong = ((lengths > 1e-12) & lengths.isfinite()).logical_not().nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"features: row {wrong[0]} has the length {lengths[wrong[0]]:.3g}, so no direction; "
+            "look for an underflow or an overflow"
+        )
 
 
 def check_bank(features: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor:
     """Raise unless features `(B, D)` fit a bank `(M, D)` of normalised rows; return its labels `(M,)` as int64."""
     check_shapes("B D, M D, M", features=features, bank=bank, labels=labels)
     check_integer("k", k, 1, len(bank))
-    check_finite("features", features, "look for NaN in the images and the weights")
+    check_directions(features)
     if bank.dtype not in FLOATS:
         raise ValueError(f"bank: expected floating point, got {bank.dtype}; convert it, bank.float()")
     lengths = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float32)  # (M,)
     if not ((lengths - 1).abs() < 0.01).all():
         raise ValueError("bank: expected rows of length 1; normalise them, torch.nn.functional.normalize(bank, dim=1)")
-    return label_indices(labels)
+    return check_indices("labels", labels, MAX_CLASSES, "classes")
 
 
 def check_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
@@ -195,7 +231,7 @@ def check_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperat
         raise ValueError("similarities: exp(cosine / temperature) overflows torch.float16; pass similarities.float()")
     if similarities.abs().max() > 1.01:
         raise ValueError("similarities: expected cosines from -1 to 1; normalise the features and the bank")
-    return label_indices(labels, num_classes)
+    return check_indices("labels", labels, num_classes, "classes")
 
 
 def check_neighbours(f: Tensor, neighbours: Iterable[Tensor]) -> Iterator[Tensor]:

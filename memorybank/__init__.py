@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -29,11 +28,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from daam_core import dimension_importance, neighbour_votes
+from daam_vit.arguments import check_integer, check_type
+from daam_vit.inputs import MIN_TEMPERATURE, check_directions, check_indices, check_shapes, check_tensor, unusual_kind
 from daam_vit.text import printable
-from memorybank.files import TILE, read_metadata, read_pair, shown, unusual_kind
-from models.weights import first_line
+from memorybank.files import TILE, read_metadata, read_pair, shown
+from models.weights import usable_device
 
-__all__ = ["MemoryBank", "Vote", "read_pair"]
+__all__ = ["MIN_TEMPERATURE", "MemoryBank", "Vote", "read_pair"]
 
 EMBEDDED_BANK = Path(__file__).parent / "embedded"
 """Folder of the bank that is stored in the repository."""
@@ -41,8 +42,6 @@ SLAB = 64
 """Rows of each matrix product in a batched product of `TILE` rows.
 
 The products are small so that they run on all cores; one large product with a single query would run on one."""
-MIN_TEMPERATURE = 0.02
-"""Lowest temperature, at which exp(1 / 0.02) is still far below the largest float32."""
 IMAGENET = "ImageNet2012"
 """The folder of banks that have no bank.json and hold ImageNet, `memorybank/DINO/ImageNet2012/<model>`."""
 SPAN = 1 << 22
@@ -91,10 +90,12 @@ class MemoryBank:
             device: the device of the features; on the CPU they are memory-mapped and read when they are needed.
 
         Raises:
+            TypeError: if `directory` is no path.
             ValueError: if a file is missing or damaged or holds more than tensors, a row is not finite or not
-                L2-normalised, or features, labels and bank.json do not agree.
+                L2-normalised, features, labels and bank.json do not agree, or the device cannot be used.
         """
-        directory = Path(directory)
+        check_type("bank", directory, (str, os.PathLike), "a folder")
+        directory, device = Path(directory), usable_device(device)
         if not os.path.isdir(directory):
             folder = shown(directory)
             raise ValueError(
@@ -107,10 +108,7 @@ class MemoryBank:
         if not metadata and _is_imagenet(directory, labels):
             names = ImageNetInfo().label_descriptions()
         files = metadata.get("train", {}).get("files")
-        try:
-            bank = cls(directory, features.to(device), labels.to(device), names, files, metadata)
-        except Exception as error:  # torch raises many kinds of errors for a device that it does not have
-            raise ValueError(f"device: {printable(str(device), 80)} cannot be used: {first_line(error)}") from error
+        bank = cls(directory, features.to(device), labels.to(device), names, files, metadata)
         bank._check_split("train", labels)
         return bank
 
@@ -152,17 +150,13 @@ class MemoryBank:
 
     def file(self, row: int) -> Path | None:
         """Return the image of a row, which may have been deleted; None if it is unknown."""
-        if not 0 <= row < len(self.labels):
-            raise ValueError(f"row: expected 0 to {len(self.labels) - 1}, got {row}")
+        row = check_integer("row", row, 0, len(self.labels) - 1)
         return self.directory / self.metadata["train"].get("folder", "") / self.files[row] if self.files else None
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or "class LABEL" if the names are unknown."""
-        if self.class_names is None:
-            return f"class {label}"
-        if not 0 <= label < len(self.class_names):
-            raise ValueError(f"label: expected 0 to {len(self.class_names) - 1}, got {label}")
-        return self.class_names[label]
+        label = check_integer("label", label, 0, self.num_classes - 1)
+        return f"class {label}" if self.class_names is None else self.class_names[label]
 
     def check_model(self, name: str, width: int, weights: str) -> None:
         """Raise a ValueError unless the bank was built with this model.
@@ -200,21 +194,16 @@ class MemoryBank:
 
         Raises:
             TypeError: if `features` is not a tensor, or k is not an integer.
-            ValueError: if the width differs, a feature or the bank is not finite, or k is not in 1..M.
+            ValueError: if the width differs, a feature is zero, a feature or the bank is not finite, or k is not
+                in 1..M.
         """
-        if not isinstance(features, Tensor):
-            raise TypeError(f"features: expected a tensor, got {type(features).__name__}")
-        if unusual := unusual_kind(features):
-            raise ValueError(f"features: expected a plain tensor of real numbers, got a {unusual} tensor")
-        if not isinstance(k, Integral) or isinstance(k, bool):
-            raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+        check_tensor("features", features, "a tensor (B, D)")
         rows, width = self.features.shape
         query = features if features.ndim == 2 else features.unsqueeze(0)
         if query.ndim != 2 or query.shape[1] != width or not len(query):
             raise ValueError(f"features: expected (B, {width}), the width of the bank, got {tuple(features.shape)}")
-        if not torch.isfinite(query).all():
-            raise ValueError("features: have NaN or infinite values")
-        if not 1 <= k <= rows:
+        check_directions(query)
+        if (k := check_integer("k", k, 1)) > rows:
             raise ValueError(f"k: expected 1 to {rows}, the number of features in {shown(self.directory)}, got {k}")
         query = F.normalize(query.to(self.features.device, torch.float32), dim=1)
         batch = len(query)
@@ -252,10 +241,8 @@ class MemoryBank:
 
     def vote(self, similarities: Tensor, neighbours: Tensor, temperature: float = 0.07) -> Vote:
         """Count the votes of neighbours that `nearest` has found: similarities and rows, both `(B, k)`."""
-        if not isinstance(temperature, Real):
-            raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
-        if not temperature >= MIN_TEMPERATURE:
-            raise ValueError(f"temperature: expected at least {MIN_TEMPERATURE}, got {temperature}")
+        check_shapes("B k, B k", similarities=similarities, neighbours=neighbours)
+        neighbours = check_indices("neighbours", neighbours, len(self.labels), "rows")
         labels = self.labels[neighbours.to(self.labels.device)].to(neighbours.device)
         votes = neighbour_votes(similarities, labels, self.num_classes, temperature)
         return Vote(votes.argmax(1), votes, neighbours, similarities, labels)
@@ -289,12 +276,14 @@ class MemoryBank:
         if target is None:
             vote = self.classify(features, k, temperature)
             return self.importance_of(features, vote, vote.prediction)
-        k = min(max(k, target_k), len(self.labels))
+        k = min(max(k, check_integer("target_k", target_k, 1)), len(self.labels))
         return self.importance_of(features, self.classify(features, k, temperature), target)
 
     @torch.inference_mode()
     def importance_of(self, features: Tensor, vote: Vote, classes: int | Tensor) -> Tensor:
         """Compute `importance` from the neighbours of a `Vote`, for one class or classes `(B,)`."""
+        check_type("vote", vote, Vote, "a Vote")
+        check_tensor("features", features, "a tensor (B, D)")
         chosen = self._classes(classes, len(vote.labels)).to(vote.labels.device)
         mine = vote.labels == chosen.unsqueeze(1)  # (B, k)
         if not mine.any(1).all():
@@ -316,6 +305,7 @@ class MemoryBank:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             classes = torch.empty(0)
         no_index = classes.dtype == torch.bool or classes.is_floating_point() or unusual_kind(classes)
+        classes = classes if no_index else classes.long()  # torch compares no unsigned integers
         if no_index or classes.shape not in ((), (batch,)):
             got = printable(repr(target), 80)
             raise ValueError(f"target: expected one class index, or {batch}, one per feature, got {got}")
@@ -324,7 +314,7 @@ class MemoryBank:
             raise ValueError(
                 f"target: class {wrong[0]} is out of range; the bank has {self.num_classes} classes, from 0 on"
             )
-        return classes.long().expand(batch)
+        return classes.expand(batch)
 
 
 def _is_imagenet(directory: Path, labels: Tensor) -> bool:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daam_vit.inputs import MAX_CLASSES, unusual_kind
 from daam_vit.text import printable
 from models.schema import parse_json
 from models.weights import first_line
 
-MAX_CLASSES = 1_000_000
-"""Number of classes; a label beyond it is treated as corruption."""
 TILE = 4096
 """Rows that become float32 at once."""
 IMAGES = {"count": int, "folder": str, "files": ([str], None), "unreadable": {str: str}}
@@ -203,10 +202,3 @@ def _torch_load(path: Path) -> Tensor:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # an array, or a file of torch 1.5 or earlier, which is no archive
             return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def unusual_kind(tensor: Tensor) -> str | None:
-    """Return "meta", "quantized", "complex" or the layout of a tensor that is not plain; None if it is plain."""
-    kinds = {"meta": tensor.is_meta, "quantized": tensor.is_quantized, "complex": tensor.is_complex()}
-    kinds[str(tensor.layout).removeprefix("torch.")] = tensor.layout != torch.strided
-    return next((kind for kind, right in kinds.items() if right), None)

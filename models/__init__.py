@@ -13,6 +13,7 @@ Every error is a `ValueError` of one line that names the argument and the way ou
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +25,13 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import daam_core
+from daam_vit.arguments import check_type
 from models.checkpoints import architecture_of, read_checkpoint
 from models.classes import find_class
 from models.timm_models import from_checkpoint, from_timm
 from models.torchvision_models import from_torchvision
 from models.transformers_models import from_transformers, parts_of
-from models.weights import EMBEDDED, WeightsUnavailable, embedded_names
+from models.weights import EMBEDDED, WeightsUnavailable, embedded_names, usable_device
 
 __all__ = [
     "LoadedModel",
@@ -113,8 +115,11 @@ def load(
         WeightsUnavailable: if the weights are neither passed nor cached and cannot be downloaded. A hub that does not
             answer is detected within 5 seconds, and none is asked if `HF_HUB_OFFLINE=1`.
         ValueError: if the name is unknown, or the checkpoint is missing, cannot be read or does not fit; the error
-            names the keys. Missing weights are never replaced by random ones.
+            names the keys. Missing weights are never replaced by random ones. Also if the device cannot be used.
+        TypeError: if an argument is of another type.
     """
+    check_type("model", name, (str, type(None)), "a name")
+    device = usable_device(device)
     if name in embedded_names():
         embedded = EMBEDDED / f"{name}.safetensors"
         if checkpoint is not None:
@@ -122,7 +127,9 @@ def load(
                 f"model: {name} has its own weights; to load a checkpoint, name {architecture_of(embedded)}"
             )
         name, checkpoint = None, embedded
-    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None:
+        check_type("checkpoint", checkpoint, (str, os.PathLike), "a path")
+        checkpoint = Path(checkpoint)
     library, _, library_name = (name or "").partition(":")
     if library == "hf":
         if checkpoint is not None:

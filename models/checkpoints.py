@@ -8,6 +8,7 @@ stand-ins for these types, which keep values at most.
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import stat
@@ -22,6 +23,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from daam_vit.arguments import check_type
+from daam_vit.inputs import unusual_kind
 from daam_vit.text import printable
 from models.layouts import WRAPPERS, find_weights, image_sizes
 
@@ -65,6 +68,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: if the file is missing or damaged, has another format, has no state dict, or holds something that
             cannot be read without running code. The error says which, and what to do.
     """
+    check_type("checkpoint", path, (str, os.PathLike), "a path")
     path = Path(path)
     content, metadata = read_content(path)
     state = find_weights(content)
@@ -146,7 +150,7 @@ def _kind_of(path: Path) -> str:
     Raises:
         ValueError: if the file is missing, empty or no checkpoint.
     """
-    name = printable(path.name, 80)
+    name = printable(path.name or str(path), 80)
     try:
         info = path.stat()
     except (OSError, ValueError):  # also a name that is too long or has a null character
@@ -206,16 +210,8 @@ def _check_expansion(path: Path, size: int) -> None:
 
 def _problem(value: Tensor) -> str | None:
     """Return why a tensor cannot be a weight; None if it can."""
-    if value.layout != torch.strided:
-        return "sparse"
-    if value.is_nested:
-        return "nested"
-    if value.is_quantized:
-        return "quantized"
-    if value.is_complex():
-        return "complex"
-    if value.is_meta:
-        return "without values (on the meta device)"
+    if kind := unusual_kind(value):
+        return kind
     return None if math.prod(value.shape) == value.numel() else "damaged"
 
 

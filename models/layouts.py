@@ -1,7 +1,7 @@
 """Layouts of checkpoints: where training code puts the weights, how it names them, what else it stores.
 
-The names of the model that the weights are for decide which prefix is removed, so that prefixes may be nested in any
-order and `encoder.` stays where it belongs to the model, as in torchvision's ViT.
+The names of the model that the weights are for decide which prefix is removed, so that any prefix may stand there and
+`encoder.` stays where it belongs to the model, as in torchvision's ViT.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Size, Tensor
@@ -16,7 +17,7 @@ from torch import Size, Tensor
 from daam_vit.text import printable
 
 WRAPPERS = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder",
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "teacher", "target_encoder",
     "state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights",
     "backbone", "encoder", "student",
 )  # fmt: skip
@@ -25,30 +26,35 @@ PREFIXES = {
     # averaged weights
     "ema": 0, "ema_model": 0, "model_ema": 0, "module_ema": 0, "teacher": 0, "teacher_backbone": 0, "target_encoder": 0,
     "model": 1, "_model": 1, "base_model": 1, "module": 1, "net": 1, "network": 1, "backbone": 1, "encoder": 1,
-    "vit": 1, "base_encoder": 1, "encoder_q": 1, "online_encoder": 1,
+    "vit": 1, "base_encoder": 1, "encoder_q": 1, "online_encoder": 1, "online_model": 1,
     # the student, and MoCo's and BYOL's momentum encoders, which their authors do not evaluate
-    "student": 2, "student_backbone": 2, "momentum_encoder": 2, "momentum_backbone": 2, "encoder_k": 2,
+    "student": 2, "student_backbone": 2, "student_model": 2, "momentum_encoder": 2, "momentum_backbone": 2,
+    "encoder_k": 2,
 }  # fmt: skip
-"""What stands before the names of weights, and its rank: if a file has the weights of several, the lowest counts."""
+"""What often stands before the names of weights, and its rank: if a file has the weights of several, the lowest counts;
+the others are left out. Any other prefix has rank 1."""
 INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What `torch.compile`, FSDP and activation checkpointing put into a name, at any place."""
 CHUNK = re.compile(r"(?:^|(?<=\.))blocks\.\d+\.(?=\d+\.)")
 """DINOv2 stores blocks in chunks; the second number counts all blocks."""
 BESIDE = re.compile(
-    r"""n_averaged$ | queue(_ptr)?$ | mask_token$ | masked_embed$
-    | (mask_|decoder_)\w+(\.|$) | decoder\. | lm_head\.
-    | head\.(mlp2?|last_layer2?|\d+)\. | fc\.\d+\. | (dino|ibot|gram|dino_local|projection)_head\.
-    | (projector|projection|predictor|prototypes|momentum_projector|momentum_predictor)\.\d+\. | prototypes\.weight$""",
+    r"""(n_averaged | num_updates | decay | initted | step | logit_scale | logit_bias)$
+    | queue(_ptr)?$ | mask_token$ | masked_embed$ | (mask_|decoder_)\w+(\.|$) | decoder\. | lm_head\. | text\.
+    | head\.(mlp2?|last_layer2?|(?!0\.running)\d+)\. | fc\.\d+\.
+    | (dino|ibot|gram|dino_local|projection|student|teacher)_head\.
+    | (projector|projection|predictor|prototypes|momentum_projector|momentum_predictor)\.\d+\. | prototypes\.weight$
+    | (\w*loss(_fn)? | criterion | (train|val|valid|test)_\w+)\.""",
     re.VERBOSE,
 )
-"""What the file of a backbone carries besides: counters of averaged models, queues, mask tokens, decoders, projection
-heads and predictors. A key of the model itself is never one of them."""
+"""What the file of a backbone carries besides: counters of averages, queues, mask tokens, decoders, text encoders,
+projection heads, predictors, losses and metrics. A key of the model itself is never one of them; neither is a
+classifier behind a normalisation, `head.0.running_mean`."""
 
 
 def find_weights(content: Any) -> dict[str, Tensor] | None:
     """Return the state dict in what was saved, out of all of `WRAPPERS`, nested in any order; None if there is none.
 
-    Values that are no tensors are left out.
+    Values that are no tensors are left out. A key that is no wrapper counts if it alone holds a state dict.
     """
     waiting, seen, beside = [content], set(), None
     while waiting:
@@ -63,7 +69,19 @@ def find_weights(content: Any) -> dict[str, Tensor] | None:
             if not inner:
                 return tensors
             beside = beside or tensors
-    return beside
+    return beside or _only_state_dict(content)
+
+
+def _only_state_dict(content: Any) -> dict[str, Tensor] | None:
+    """Return the only state dict that lies under a key of any other name; None if there are none or several."""
+    found = [
+        value
+        for value in (content.values() if isinstance(content, Mapping) else ())
+        if isinstance(value, Mapping)
+        and any(isinstance(entry, Tensor) and entry.ndim for entry in value.values())
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    ]
+    return dict(found[0]) if len(found) == 1 else None
 
 
 def image_sizes(content: Any) -> list[tuple[int, int]]:
@@ -98,7 +116,7 @@ def rename(state: dict[str, Tensor], own: Mapping[str, Size]) -> dict[str, Tenso
     prefix = _prefix_of_model(state, own)
 
     def without_prefix(key: str) -> str | None:
-        for part in prefix.split(".")[:-1]:
+        for part in prefix.split(".")[:-1]:  # a head beside the backbone has only some of them
             key = key.removeprefix(f"{part}.")
         other = _prefix(key)
         return None if key not in own and other and _rank(other) != _rank(prefix) else key
@@ -124,11 +142,10 @@ def _renamed(state: dict[str, Tensor], rename: Callable[[str], str | None]) -> d
 
 
 def _prefix_of_model(state: dict[str, Tensor], own: Mapping[str, Size]) -> str:
-    """Return the prefix under which most weights of the model are; of several, the one of the lowest rank."""
+    """Return what stands before most weights of the model; of several prefixes, the one of the lowest rank."""
     named, fitting = Counter(), Counter()  # with the name, and also with the shape, of a weight of the model
     for key, value in state.items():
-        prefix = _prefix(key)
-        for end in [0, *(match.end() for match in re.finditer(r"\.", prefix))]:
+        for end in [0, *_after_dots(key)]:
             if (name := key[end:]) in own:
                 named[key[:end]] += 1
                 fitting[key[:end]] += own[name] == value.shape
@@ -137,15 +154,18 @@ def _prefix_of_model(state: dict[str, Tensor], own: Mapping[str, Size]) -> str:
     return min(likely, key=lambda prefix: (_rank(prefix), -votes[prefix]), default="")
 
 
+def _after_dots(key: str) -> list[int]:
+    """Return the places after the first eight dots of a name."""
+    return [match.end() for match in islice(re.finditer(r"\.", key), 8)]
+
+
 def _prefix(key: str) -> str:
-    """Return what stands before the name of a weight: at most eight of `PREFIXES`."""
-    parts = key.split(".", 9)[:8]
-    known = next((i for i, part in enumerate(parts) if part not in PREFIXES), len(parts))
-    prefix = "".join(f"{part}." for part in parts[:known])
-    return prefix if key.startswith(prefix) else ""
+    """Return the `PREFIXES` at the beginning of a name, at most eight."""
+    ends = takewhile(lambda end: key[:end].split(".")[-2] in PREFIXES, _after_dots(key))
+    return key[: max(ends, default=0)]
 
 
 def _rank(prefix: str) -> int:
     """Return the rank of a prefix: 0 for averaged weights, 2 for those that are not evaluated, else 1."""
-    ranks = {PREFIXES[part] for part in prefix.split(".")[:-1]} - {1}
+    ranks = {PREFIXES.get(part, 1) for part in prefix.split(".")} - {1}
     return min(ranks, default=1)

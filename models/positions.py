@@ -29,7 +29,7 @@ def fit_position_embedding(state: dict[str, Tensor], model: nn.Module, sizes: li
     if old is None or not isinstance(own, Tensor) or not grid or not patch or old.ndim != 3 or own.ndim != 3:
         return
     weight = state.get("patch_embed.proj.weight")
-    patch = tuple(weight.shape[-2:]) if weight is not None and weight.ndim == 4 else tuple(patch)
+    patch = tuple(weight.shape[-2:]) if weight is not None and weight.ndim == 4 and weight.numel() else tuple(patch)
     # the class token has an entry in DINOv2's own files, but not in timm's model with registers
     prefixes = dict.fromkeys([own.shape[1] - math.prod(grid), 1])
     before, prefix = find_grid(old.shape[1], patch, sizes, tuple(grid), prefixes)
@@ -65,6 +65,6 @@ def find_grid(
         if tokens > prefix and (side := math.isqrt(tokens - prefix)) ** 2 == tokens - prefix:
             return (side, side), prefix
     raise ValueError(
-        f"the patch grid of its {tokens} position embeddings is not known; save it as safetensors with the image size "
-        'in the metadata: {"model_args": \'{"img_size": [HEIGHT, WIDTH]}\'}'
+        f"the patch grid of its {tokens} position embeddings is not known; name the model that they belong to, or save "
+        'them as safetensors with the image size in the metadata: {"model_args": \'{"img_size": [HEIGHT, WIDTH]}\'}'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torchvision.models
 from huggingface_hub import constants as hub
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import PretrainedCfg, get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from daam_vit.text import printable
 from models.checkpoints import Checkpoint, read_checkpoint, read_content
@@ -96,14 +97,33 @@ def _fitting(
     if "num_classes" not in arguments:
         classifier = getattr(config, "classifier", None) or "head"
         first = classifier if isinstance(classifier, str) else classifier[0]  # distilled DeiT and CrossViT have two
-        weight = state.get(f"{first}.weight")
-        arguments["num_classes"] = 0 if weight is None else weight.shape[0]
+        names = (f"{first}.weight", f"{first.partition('.')[0]}.weight")  # Swin's authors call timm's head.fc head
+        weight = next((state[name] for name in names if name in state), None)
+        arguments["num_classes"] = len(weight) if weight is not None and weight.ndim else 0
+    norms = [{"norm.weight", "fc_norm.weight"} & names.keys() for names in (state, own)]
+    if len(norms[0]) == len(norms[1]) == 1 and norms[0] != norms[1]:
+        pool = "avg" if "fc_norm.weight" in state else "token"
+        raise ValueError(
+            "it was trained with another pooling than the architecture has; save it as safetensors with the pooling in "
+            f'the metadata: {{"model_args": \'{{"global_pool": "{pool}"}}\'}}'
+        )
     model = timm.create_model(architecture, **arguments)
     fit_position_embedding(state, model, checkpoint.sizes)
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = convert(state, model) if convert else state  # other layouts, patches of another size
-    fill(model, without_extras(state, own))
+    fill(model, without_extras(_converted(state, model), own))
     return model
+
+
+def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights as timm converts those of other layouts, or with patches of another size."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    # names of DeiT III's authors
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(convert).parameters else {}
+    try:
+        return convert(dict(state), model, **options)
+    except Exception:  # weights of strange shapes, which `fill` names
+        return state
 
 
 def _source(name: str, model: nn.Module, names: list[str] | None, checkpoint: Path | None) -> Source:

@@ -10,6 +10,7 @@ import torchvision.models
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+from daam_vit.text import printable
 from models.checkpoints import Checkpoint, read_checkpoint, read_content
 from models.layouts import rename, without_extras
 from models.metadata import class_names
@@ -60,15 +61,15 @@ def from_torchvision(name: str, path: Path | None) -> Source:
 def _weights_named(name: str) -> tuple[str, torchvision.models.WeightsEnum]:
     """Return the architecture and the weights entry that `architecture[.WEIGHTS]` names."""
     architecture, _, tag = name.partition(".")
-    known = torchvision.models.list_models()
+    known, shown = torchvision.models.list_models(), printable(architecture, 80)
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "torchvision.models.list_models() lists all names"
-        raise ValueError(f"model: torchvision has no {architecture!r}; {hint}")
+        raise ValueError(f"model: torchvision has no '{shown}'; {hint}")
     entries = torchvision.models.get_model_weights(architecture).__members__
     if (tag or "DEFAULT") not in entries:
         names = ", ".join(entry for entry in entries if entry != "DEFAULT")
-        raise ValueError(f"model: torchvision's {architecture} has no weights {tag!r}; it has {names}")
+        raise ValueError(f"model: torchvision's {architecture} has no weights '{printable(tag, 80)}'; it has {names}")
     weights = entries[tag or "DEFAULT"]
     if not (hasattr(weights.transforms(), "crop_size") and weights.meta.get("categories")):
         raise ValueError(f"model: torchvision's {architecture} does not classify images")

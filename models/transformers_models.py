@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from daam_vit.text import printable
 from models.checkpoints import read_content
-from models.schema import parse_json
+from models.layouts import INSIDE, find_weights
+from models.schema import check_schema, parse_json
 from models.sources import Source
 from models.weights import (
     WeightsUnavailable,
@@ -43,8 +45,18 @@ HF_WEIGHTS = (
 """Files of weights, in the order in which transformers looks for them."""
 INDEX = {"weight_map": {str: str}}
 """Schema of the index of sharded weights."""
-LARGEST = {"num_hidden_layers": 256, "hidden_size": 16_384, "intermediate_size": 131_072, "image_size": 4096}
-"""Bounds of numbers in a configuration."""
+SETTINGS = {"size": [int], "image_mean": [float], "image_std": [float]}
+"""Schema of what a preprocessor says."""
+LARGEST = {
+    "num_hidden_layers": 256, "hidden_size": 16_384, "intermediate_size": 131_072, "image_size": 4096,
+    "patch_size": 4096, "num_channels": 1024, "num_attention_heads": 1024, "num_labels": 1_000_000, "depths": 256,
+    "hidden_sizes": 16_384, "embed_dim": 16_384, "num_register_tokens": 1024,
+}  # fmt: skip
+"""Largest values of numbers, and of numbers in lists, in a configuration; the smallest is 1, of some 0."""
+NUMBER = re.compile(r"\.\d+\.")
+"""The number of a layer in the name of a weight."""
+MAX_SIDE = 4096
+"""Largest side of the images that a preprocessor may ask for, in pixels."""
 
 
 def from_transformers(name: str) -> Source:
@@ -64,9 +76,9 @@ def from_transformers(name: str) -> Source:
         name = f"hf:{folder.resolve().name}"
     else:
         folder, name = _hub_folder(name), f"hf:{name}"
-    file = _weights_in(folder)
+    shown, file = printable(name, 80), _weights_in(folder)
     if file is None:
-        raise ValueError(f"model: {name} has no {HF_WEIGHTS[0]} or {HF_WEIGHTS[2]}, or not all of its parts")
+        raise ValueError(f"model: {shown} has no {HF_WEIGHTS[0]} or {HF_WEIGHTS[2]}, or not all of its parts")
     try:
         with _quiet(transformers.utils.logging):
             _check_config(folder)
@@ -81,15 +93,16 @@ def from_transformers(name: str) -> Source:
             num_classes = config.num_labels if is_classifier else 0
             names = [printable(str(config.id2label.get(i, f"LABEL_{i}"))) for i in range(num_classes)]
     except Exception as error:  # transformers, safetensors and torch raise many kinds of errors
-        raise ValueError(f"model: {name} cannot be loaded: {first_line(error)}") from error
+        raise ValueError(f"model: {shown} cannot be loaded: {first_line(error)}") from error
     report = key_mismatches(
         {
             "missing": sorted(loaded["missing_keys"]),
             "of another shape": sorted(k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]),
+            "without a place": _without_a_place(loaded["unexpected_keys"], model.state_dict().keys()),
         }
     )
     if report:
-        raise ValueError(f"model: {name} does not fit {kind.__name__}: {report}")
+        raise ValueError(f"model: {shown} does not fit {kind.__name__}: {report}")
 
     unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(names))
     return Source(name, model, num_classes, None if unnamed else names, file, size, mean, std, interpolation)
@@ -102,7 +115,8 @@ def _hub_folder(name: str) -> Path:
     default mean would be wrong.
     """
     repository, _, revision = name.partition("@")
-    unknown = f"model: hf:{name} is neither a folder nor on the hub, where names are like google/vit-base-patch16-224"
+    shown = printable(f"hf:{name}", 80)
+    unknown = f"model: {shown} is neither a folder nor on the hub, where names are like google/vit-base-patch16-224"
     try:
         config = in_hub_cache(repository, [CONFIG], revision or None)
         processor = try_to_load_from_cache(repository, PROCESSOR, hub.HF_HUB_CACHE, revision or None)
@@ -116,14 +130,14 @@ def _hub_folder(name: str) -> Path:
         config = _fetch(repository, revision or None)
     except GatedRepoError as error:
         raise WeightsUnavailable(
-            f"model: hf:{name} is gated; accept its terms on its page, then run `hf auth login`"
+            f"model: {shown} is gated; accept its terms on its page, then run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(unknown) from error
     except Exception as error:  # the hub, the network and the disk raise many kinds of errors
-        raise WeightsUnavailable(f"model: hf:{name} could not be fetched: {first_line(error)}") from error
+        raise WeightsUnavailable(f"model: {shown} could not be fetched: {first_line(error)}") from error
     if config is None:
-        raise ValueError(f"model: hf:{name} has no {CONFIG}, so it is not a transformers model; name another")
+        raise ValueError(f"model: {shown} has no {CONFIG}, so it is not a transformers model; name another")
     return config.parent
 
 
@@ -162,20 +176,36 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     """Return the weights of a file, or of all parts that an index lists."""
     weights: dict[str, Tensor] = {}
     for part in [file.with_name(part) for part in parts_of(file)] or [file]:
-        content = read_content(part)[0]
-        if not isinstance(content, dict):
-            raise ValueError(f"{part.name} has no state dict")
-        weights |= content
+        content = find_weights(read_content(part)[0])
+        if content is None:
+            raise ValueError(f"{printable(part.name, 80)} has no state dict")
+        weights |= {INSIDE.sub("", key).removeprefix("module."): value for key, value in content.items()}
     return weights
 
 
+def _without_a_place(unexpected: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Return the weights of further layers, and the biases, that a model of these weights would need to be the same.
+
+    Other weights that a model does not have are heads, decoders and mask tokens, which backbones do not need.
+    """
+    known = {NUMBER.sub(".N.", key) for key in own}
+    kinds = {key: NUMBER.sub(".N.", key) for key in unexpected}
+    return sorted(
+        key
+        for key, kind in kinds.items()
+        if kind in known or (kind.endswith(".bias") and kind.removesuffix("bias") + "weight" in known)
+    )
+
+
 def _check_config(folder: Path) -> None:
-    """Raise a ValueError for a configuration whose model would not fit into any memory."""
+    """Raise a ValueError for a configuration whose model would have no layers, or would not fit into any memory."""
     config = parse_json((folder / CONFIG).read_bytes(), {}, CONFIG)
     for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for name, most in LARGEST.items():
-            if isinstance(settings.get(name), int) and settings[name] > most:
-                raise ValueError(f"{CONFIG}: {name} should be at most {most}")
+            value, least = settings.get(name), 0 if name in ("num_labels", "num_register_tokens") else 1
+            numbers = value if isinstance(value, list) else [value]
+            if not all(least <= number <= most for number in numbers if isinstance(number, int)):
+                raise ValueError(f"{CONFIG}: {name} should be from {least} to {most}")
 
 
 def _class_of(config, transformers) -> tuple[type, bool]:
@@ -205,11 +235,16 @@ def _image_settings(folder: Path, config, transformers) -> tuple:
         size = (size["height"], size["width"]) if size.get("height") else size.get("shortest_edge")
     if not size:
         raise ValueError(f"neither its {PROCESSOR} nor its {CONFIG} says the image size")
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = [size, size] if isinstance(size, int) else list(size)
     normal = settings.get("do_normalize", True)
     mean, std = (settings["image_mean"], settings["image_std"]) if normal else ((0.0,) * 3, (1.0,) * 3)
+    check_schema({"size": size, "image_mean": list(mean), "image_std": list(std)}, SETTINGS, PROCESSOR)
+    if len(size) != 2 or not all(1 <= side <= MAX_SIDE for side in size):
+        raise ValueError(f"{PROCESSOR}: size should be two sides from 1 to {MAX_SIDE}, got {printable(str(size), 80)}")
+    if len(mean) not in (1, 3) or len(std) not in (1, 3) or min(std) <= 0:
+        raise ValueError(f"{PROCESSOR}: image_mean and image_std should be three numbers, image_std above 0")
     interpolation = Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR)).name.lower()
-    return size, tuple(mean), tuple(std), interpolation
+    return tuple(size), tuple(mean), tuple(std), interpolation
 
 
 @contextmanager

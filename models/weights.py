@@ -187,6 +187,26 @@ def key_mismatches(keys: dict[str, list[str]]) -> str:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors and devices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+    """Return the first line of an error's message, or its type if it has none; a very long one is cut."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 2000)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device of torch.
+
+    Raises:
+        ValueError: if it cannot hold values.
+    """
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.item()  # the device "meta" has no values
+        return probe.device
+    except Exception as error:  # every backend of torch has its own
+        reason = printable(first_line(error), 200)
+        raise ValueError(f"device: '{printable(str(device), 40)}' cannot be used: {reason}; pass another one") from None

@@ -272,7 +272,7 @@ def test_a_state_dict_beside_a_loop_is_found(tiny, tmp_path):
         (lambda value: value.to_sparse(), "is sparse"),
         (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "is quantized"),
         (lambda value: value.to(torch.complex64), "is complex"),
-        (lambda value: value.to("meta"), "is without values"),
+        (lambda value: value.to("meta"), "is meta"),
         (lambda value: value.to(torch.int8), r"1 keys of whole numbers \(norm.weight\)"),
         (lambda value: value > 0, r"1 keys of whole numbers \(norm.weight\)"),
         (lambda value: value.reshape(2, -1), r"1 keys of another shape \(norm.weight\)"),

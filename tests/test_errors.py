@@ -190,8 +190,8 @@ IMPORTANCES = [
     case("importance: expected .* got list", importance=[1.0] * WIDTH, error=TypeError),
     case("importance: expected .* got ndarray", importance=np.ones(WIDTH, np.float32), error=TypeError),
     case("importance: expected .* got one that is complex", importance=ONES * 1j),
-    case("importance: expected .* got one that is torch.sparse_coo", importance=ONES.to_sparse()),
-    case("importance: expected .* got one that is on the meta device", importance=lambda f: f.to("meta")),
+    case("importance: expected .* got one that is sparse_coo", importance=ONES.to_sparse()),
+    case("importance: expected .* got one that is meta", importance=lambda f: f.to("meta")),
     case(r"importance: expected .* got \(2, 23\)", importance=lambda f: f[:, 1:]),
     case("importance: has NaN or infinite values", importance=torch.full((WIDTH,), torch.nan)),
     case("importance: has NaN or infinite values; look for a division by zero", importance=lambda f: f / 0),
@@ -209,8 +209,8 @@ IMAGE_TENSORS = [
     *(
         case(f"images: expected a tensor .* B > 0, got one that is {kind}$", images=images)
         for kind, images in (
-            ("on the meta device, without values; load them first", ONE.to("meta")),
-            (r"torch.sparse_coo; pass its to_dense\(\)", ONE.to_sparse()),
+            ("meta; it has no values, load them first", ONE.to("meta")),
+            (r"sparse_coo; pass its to_dense\(\)", ONE.to_sparse()),
             ("nested; pad it to one shape", torch.nested.nested_tensor([ONE[0], ONE[0]], layout=torch.jagged)),
             ("complex; pass real numbers", ONE.cfloat()),
         )
@@ -276,7 +276,7 @@ IMAGE_TENSORS = [
             ("patch_coord", lambda places: places[..., :1]), ("patch_valid", torch.Tensor.float),
         )
     ),
-    naflex("images: patch_coord: expected a tensor, got one that is on the meta device",
+    naflex("images: patch_coord: expected a tensor, got one that is meta",
            images=naflex_batch() | {"patch_coord": naflex_batch()["patch_coord"].to("meta")}),
 ]  # fmt: skip
 MODELS = [

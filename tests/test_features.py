@@ -160,7 +160,7 @@ def inference_mode_vit():
         (tiny_vit, ONE.numpy(), TypeError, r"images: expected a tensor \(B, C, H, W\) with B > 0, got ndarray$"),
         (tiny_vit, ONE[0], ValueError, r"images: expected a tensor .* got \(3, 32, 32\)$"),
         (tiny_vit, ONE.byte(), ValueError, "images: expected normalised floating point values, got torch.uint8"),
-        (tiny_vit, ONE.to("meta"), ValueError, "images: .* got one that is on the meta device"),
+        (tiny_vit, ONE.to("meta"), ValueError, "images: .* got one that is meta"),
         (tiny_vit, {"patches": ONE}, TypeError, "images: .* got dict$"),
         (tiny_vit, ONE[:, :1], ValueError, "images: the model takes 3 channels, got 1$"),
         (tiny_vit, ONE.double(), ValueError,

@@ -44,8 +44,12 @@ EQUATIONS = [
     of_block(r"a: expected a tensor \(B, H, Q, N\), not empty, got \(3, 1, 10\)$", A[0], V[0], C[0]),
     of_block(r"V: .* with B = 2, H = 3, N = 10, not empty, got \(2, 3, 9, 4\)$", A, V[:, :, 1:], C),
     of_block(r"C: .* with B = 2, H = 3, Q = 1, d = 4, not empty, got \(2, 3, 1, 3\)$", A, V, C[..., 1:]),
-    of_block("V: .* got one that is torch.sparse_coo", A, V.to_sparse(), C),
+    of_block("V: .* got one that is sparse_coo", A, V.to_sparse(), C),
     of_block("heads: expected True or False, got 'no'$", A, V, C, heads="no"),
+    of_block("w: expected a function of a tensor, such as torch.relu, got NoneType$", A, V, C, None, error=TypeError),
+    of_block("a: expected one floating point type for a, V and C, got .* torch.float16 and ", A, V.half(), C),
+    of_block("a: expected one floating point type for a, V and C, got torch.int64, ", A.long(), V, C),
+    of_accumulate("block_maps: has NaN or infinite values; look for an overflow$", MAPS / 0),
     of_accumulate(r"block_maps: expected a tensor \(..., L, h, w\), got ndarray$", MAPS.numpy(), error=TypeError),
     of_accumulate(r"block_maps: .*, not empty, got \(4, 4\)$", MAPS[0, 0]),
     of_accumulate("norm: expected True or False, got 'yes'$", MAPS, "yes"),
@@ -54,6 +58,8 @@ EQUATIONS = [
     of_accumulate("valid: ", MAPS[0], True, VALID),
     of_bank(r"features: expected a tensor \(B, D\), got list$", features=[1.0], error=TypeError),
     of_bank("features: has NaN or infinite values; ", features=NOT_FINITE),
+    of_bank("features: row 0 has the length 0, so no direction; look for", features=0 * FEATURES),
+    of_bank("features: row 0 has the length inf, so no direction; look for", features=1e30 * FEATURES),
     of_bank("features: expected floating point values, got torch.int64$", features=FEATURES.long()),
     of_bank(r"bank: expected a tensor \(M, D\) with D = 7, not empty, got \(24, 8\)$", features=FEATURES[:, 1:]),
     of_bank("bank: expected rows of length 1; normalise them", bank=3 * BANK),
@@ -102,3 +108,9 @@ def test_labels_and_targets_of_any_integer(kind):
     assert torch.equal(neighbour_importance(FEATURES, BANK, labels, np.int64(5), np.float32(0.07)), expected)
     flow = attention_flow(tiny_vit(), random_images(2, 3, 32, 32), torch.tensor([3, 1]).to(kind))
     assert flow.target.tolist() == [3, 1]
+
+
+def test_an_image_without_cells_that_count_has_a_flow_of_zeros():
+    none = torch.stack([VALID[0], ~VALID[0]])
+    flow = accumulate(MAPS, True, none)
+    assert torch.equal(flow[0], accumulate(MAPS, True)[0]) and torch.equal(flow[1], torch.zeros_like(flow[1]))

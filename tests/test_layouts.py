@@ -74,7 +74,8 @@ def test_nested_wrappers_and_their_order(tiny, tmp_path, content):
         "module.", "model.", "net.", "network.", "backbone.", "encoder.", "_orig_mod.", "teacher.", "teacher.backbone.",
         "base_encoder.", "encoder_q.", "module.base_encoder.", "module.encoder_q.", "_orig_mod.module.", "student.",
         "module._orig_mod.", "model.encoder.module.", "_fsdp_wrapped_module.model.", "teacher.module.backbone.",
-        "model.net.backbone.encoder.",
+        "model.net.backbone.encoder.", "online_model.", "student_model.", "_forward_module.module.", "vision_model.",
+        "m.", "my.own.wrapper.", "visual.trunk.",
     ],
 )  # fmt: skip
 def test_prefixes_in_any_order(tiny, tmp_path, prefix):
@@ -136,7 +137,7 @@ def test_two_weights_of_one_name_are_refused(tiny, tmp_path):
     [
         ("projector.weight", r"1 keys unknown \(projector.weight\)"),
         ("other.head.weight", r"1 keys unknown \(other.head.weight\)"),
-        ("text.\x1b[31m", r"1 keys unknown \(text.\\x1b\[31m\)"),
+        ("txt.\x1b[31m", r"1 keys unknown \(txt.\\x1b\[31m\)"),
         ("x" * 5000, "1 keys unknown"),
         ("model." * 50_000 + "x", "1 keys unknown"),
     ],
@@ -144,6 +145,28 @@ def test_two_weights_of_one_name_are_refused(tiny, tmp_path):
 def test_strangers_are_named(tiny, tmp_path, key, message):
     torch.save(under("backbone.", tiny) | {key: torch.zeros(3)}, tmp_path / "w.pth")
     assert len(str(refused(TINY, message, tmp_path / "w.pth"))) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda s: {"best_model": s, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+        lambda s: {"swa_weights": s, "model": None, "scores": {"top1": torch.tensor(0.7)}},
+        lambda s: {"params_ema": s, "params": other(s)},
+    ],
+)
+def test_other_keys_count_if_one_alone_holds_weights(tiny, tmp_path, content):
+    assert same_weights(saved(content(tiny), tmp_path).model, tiny)
+
+
+def test_of_two_other_keys_none_is_taken(tiny, tmp_path):
+    torch.save({"first": tiny, "second": tiny}, tmp_path / "w.pth")
+    refused(TINY, "w.pth has no state dict", tmp_path / "w.pth")
+
+
+def test_a_second_model_under_another_prefix_is_named(tiny, tmp_path):
+    torch.save(under("left.", tiny) | under("right.", other(tiny)), tmp_path / "w.pth")
+    refused(TINY, r"80 keys unknown \(right.cls_token", tmp_path / "w.pth")
 
 
 def test_a_prefix_that_belongs_to_the_model_stays():
@@ -217,6 +240,77 @@ def test_backbones_as_their_authors_save_them(tiny, tmp_path, layout):
 
 
 @pytest.mark.parametrize(
+    "beside",
+    [
+        "criterion.weight", "loss_fn.weight", "dino_loss.center", "ibot_patch_loss.center", "train_acc.tp",
+        "val_metrics.confusion", "student_head.layers.0.weight", "num_updates", "initted", "logit_scale",
+        "text.token_embedding.weight",
+    ],
+)  # fmt: skip
+def test_losses_metrics_and_counters_are_left_out(tiny, tmp_path, beside):
+    loaded = saved({"state_dict": under("model.", tiny) | {beside: torch.zeros(3)}}, tmp_path)
+    assert same_weights(loaded.model, tiny) and loaded.num_classes == 7
+
+
+def test_a_classifier_behind_a_normalisation_is_not_lost(tiny, tmp_path):
+    linear_probe = {"head.0.running_mean": torch.zeros(64), "head.1.weight": torch.zeros(7, 64)}
+    torch.save({"model": backbone(tiny) | linear_probe}, tmp_path / "w.pth")
+    refused(TINY, r"1 keys unknown \(head.0.running_mean\)", tmp_path / "w.pth")
+
+
+def with_metadata(state, file, architecture, **arguments):
+    metadata = {"architecture": architecture, "model_args": json.dumps(arguments)}
+    safetensors.torch.save_file(state, file, metadata)
+    return file
+
+
+def test_a_model_fine_tuned_with_another_pooling(tmp_path):
+    torch.manual_seed(0)
+    name, small = "vit_tiny_patch16_224", {"depth": 1, "img_size": 32}
+    state = timm.create_model(name, num_classes=3, global_pool="avg", **small).state_dict()
+    file = with_metadata(state, tmp_path / "w.safetensors", name, **small)
+    way_out = str(refused(None, "was trained with another pooling .*; save it as safetensors with the pooling", file))
+    arguments = json.loads(way_out.partition("model_args\": '")[2].removesuffix("'}"))
+    assert arguments == {"global_pool": "avg"}
+    loaded = load(None, with_metadata(state, file, name, **small, **arguments))
+    assert same_weights(loaded.model, state) and loaded.num_classes == 3
+
+
+def renamed(state, *pairs):
+    for theirs, own in pairs:
+        state = {key.replace(own, theirs): value for key, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("deit3_small_patch16_224", [("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")]),
+        (
+            "swin_tiny_patch4_window7_224",
+            [("head.", "head.fc."), *((f"layers.{i}.downsample", f"layers.{i + 1}.downsample") for i in range(3))],
+        ),
+    ],
+)
+def test_names_of_the_authors(tmp_path, name, pairs):
+    torch.manual_seed(0)
+    small = {"embed_dim": 24}
+    if name.startswith("deit3"):
+        small |= {"depth": 1, "num_heads": 2}
+    state = timm.create_model(name, num_classes=3, **small).state_dict()
+    loaded = load(None, with_metadata(renamed(state, *pairs), tmp_path / "w.safetensors", name, **small))
+    assert same_weights(loaded.model, state) and loaded.num_classes == 3
+
+
+@pytest.mark.parametrize("key", ["pos_embed", "patch_embed.proj.weight", "head.weight", "cls_token"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (4, 3, 0, 0), (1, 1, 1, 1, 1)])
+def test_weights_of_strange_shapes_are_named(tiny, tmp_path, key, shape):
+    torch.save(tiny | {key: torch.zeros(shape)}, tmp_path / "w.pth")
+    message = str(refused(TINY, "does not fit test_vit: ", tmp_path / "w.pth"))
+    assert "head.weight" in message if key == "head.weight" else key in message
+
+
+@pytest.mark.parametrize(
     "content",
     [
         lambda s: {"model": s, "optimizer": {}, "lr_scheduler": {}, "epoch": 9, "args": argparse.Namespace(lr=1)},
@@ -273,7 +367,9 @@ def test_position_embeddings_of_another_grid(tmp_path, size, options):
 
 def test_a_position_embedding_that_fits_no_grid(tmp_path):
     torch.save(at_size((48, 80)), tmp_path / "w.pth")
-    message = "the patch grid of its 16 position embeddings is not known; save it as safetensors with the image size in"
+    message = (
+        "the patch grid of its 16 position embeddings is not known; name the model that they belong to, or save them"
+    )
     refused(TINY, message, tmp_path / "w.pth")
 
 

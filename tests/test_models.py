@@ -246,3 +246,30 @@ def test_find_class(name, index):
 def test_find_class_errors(name, names, message):
     with pytest.raises(ValueError, match=f"target: .*{message}"):
         find_class(name, names, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": 3}, "model: expected a name, got int"),
+        ({"name": b"test_vit"}, "model: expected a name, got bytes"),
+        ({"name": Path("w.pth")}, "model: expected a name, got .*Path"),
+        ({"name": "test_vit", "checkpoint": 3}, "checkpoint: expected a path, got int"),
+        ({"name": "test_vit", "checkpoint": True}, "checkpoint: expected a path, got bool"),
+        ({"name": "test_vit", "checkpoint": b"w.pth"}, "checkpoint: expected a path, got bytes"),
+    ],
+)
+def test_arguments_of_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        load(**arguments)
+
+
+@pytest.mark.parametrize("device", ["hpu", "abacus", "", "meta", torch.device("meta"), -1, []])
+def test_devices_that_cannot_be_used(device):
+    with pytest.raises(ValueError, match=r"^device: '.*' cannot be used: .*; pass another one$"):
+        load("vit_small_patch14_caltech101", device=device)
+
+
+def test_a_folder_without_a_name_is_named():
+    with pytest.raises(ValueError, match="checkpoint: . is a folder"):
+        load("test_vit", "")

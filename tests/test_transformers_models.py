@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import logging
+import math
 import shutil
 import sys
 import threading
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants as hub
 from PIL import Image
-from tiny_checkpoints import refused
+from tiny_checkpoints import refused, same_weights
 
 import models
 from models import WeightsUnavailable, load
@@ -82,6 +83,52 @@ def test_a_classifier_of_transformers(tmp_path, kind):
     assert loaded.num_classes == 3 and loaded.class_names == list(NAMES.values()) and loaded.size == (32, 32)
     assert loaded.name == "hf:mine" and loaded.checkpoint == tmp_path / "mine" / "model.safetensors"
     assert loaded.provenance["file"] == "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"does not fit ViTForImageClassification: 16 keys without a place \(vit"),
+        ({"qkv_bias": False}, r"does not fit ViTForImageClassification: 6 keys without a place \(vit.*bias"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers should be from 1 to 256"),
+        ({"num_labels": 10**9}, "config.json: num_labels should be from 0 to 1000000"),
+        ({"image_size": [32, 10**9]}, "config.json: image_size should be from 1 to 4096"),
+        ({"vision_config": {"patch_size": 0}}, "config.json: patch_size should be from 1 to 4096"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights(tmp_path, changes, message):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    refused(f"hf:{tmp_path}", message)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"height": 10**9, "width": 5}}, {"size": {"height": -5, "width": 5}}, {"image_mean": [0, 0]},
+        {"size": {"height": "a", "width": 5}}, {"image_mean": "x"}, {"image_mean": [math.nan] * 3},
+        {"image_std": [0, 0, 0]}, {"image_std": [None]},
+    ],
+)  # fmt: skip
+def test_a_preprocessor_that_no_images_fit(tmp_path, changes):
+    saved(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", **changes)
+    refused(f"hf:{tmp_path}", f"preprocessor_config.json: .*({'|'.join(changes)}).* should be ")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_that_training_code_wrapped(tmp_path, prefix, wrapped):
+    state = saved(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    content = {prefix + key: value for key, value in state.items()}
+    torch.save({"state_dict": content, "epoch": 3} if wrapped else content, tmp_path / "pytorch_model.bin")
+    assert same_weights(load(f"hf:{tmp_path}").model, state)
+
+
+def test_names_in_errors_are_cut_and_escaped():
+    assert len(str(refused("hf:" + "a" * 3000, "is neither a folder nor on the hub"))) < 300
+    assert "\0" not in str(refused("hf:a\0b\x1b", r"hf:a\\x00b\\x1b is neither a folder"))
 
 
 @pytest.mark.parametrize(
