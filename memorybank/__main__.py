@@ -48,9 +48,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     ).add_argument
     add("--model", metavar="NAME", help="timm name, hf:NAME, torchvision:NAME or embedded model")
     add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
-    add("--train", type=Path, required=True, metavar="FOLDER", help="images, one sub-folder for each class")
-    add("--test", type=Path, metavar="FOLDER", help="other images of the same classes, for eval")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the bank")
+    add("--train", required=True, metavar="FOLDER", help="images, one sub-folder for each class")
+    add("--test", metavar="FOLDER", help="other images of the same classes, for eval")
+    add("--out", required=True, metavar="DIR", help="folder of the bank")
     add("--dtype", choices=DTYPES, default="float16", help=f"dtype of the features {shown}")
     add("--batch-size", type=number(int, 1, 65536), default=64, metavar="N", help=f"images in a batch {shown}")
     add("--workers", type=number(int, 0, 1024), default=WORKERS, metavar="N",

@@ -84,7 +84,7 @@ def build(
     """
     _check_arguments(loaded, train, out, test, dtype, batch_size, workers, strict)
     out = Path(out)
-    folders = {"train": Path(train)} | ({"test": Path(test)} if test else {})
+    folders = {"train": Path(train)} | ({"test": Path(test)} if test is not None else {})
     found = {split: find_classes(folder, split) for split, folder in folders.items()}
     classes = {name: index for index, name in enumerate(found["train"])}
     unknown = [name for name in found.get("test", {}) if name not in classes]
@@ -140,6 +140,9 @@ def _check_arguments(
         if not isinstance(value, tuple(wanted)) or (isinstance(value, bool) and bool not in wanted):
             expected = " or ".join(t.__name__ for t in wanted)
             raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    for name, path in (("train", train), ("out", out), ("test", test)):
+        if path is not None and not os.fspath(path):  # of an unset variable of the shell; it would mean "."
+            raise ValueError(f"{name}: is empty; pass a folder, '.' for the current one")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {printable(dtype, 80)}")
     for name, number, low, high in (

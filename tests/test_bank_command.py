@@ -117,3 +117,17 @@ def test_info(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("tiny", "7 x 48, float16", "3, of 2 to 3 images", "2 images", "sha256", f"timm {timm.__version__}"):
         assert text in printed
+
+
+@pytest.mark.parametrize("option", ["--train", "--test", "--out"])
+def test_an_empty_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, option):
+    """It comes from a variable of the shell that is not set."""
+    for folder in ("train", "here"):
+        write_photo(tmp_path / folder / "a" / "0.png", 0)
+    monkeypatch.chdir(tmp_path / "here")
+    folders = {"--train": str(tmp_path / "train"), "--out": str(tmp_path / "bank"), option: ""}
+    network = write_backbone(tmp_path / "net.safetensors")
+    arguments = ["build", "--checkpoint", str(network), "--workers", "0", "--device", "cpu"]
+    assert main([*arguments, *(text for pair in folders.items() for text in pair)]) == 2
+    assert f"error: {option[2:]}: is empty; pass a folder" in capsys.readouterr().err
+    assert not (tmp_path / "bank").exists() and [p.name for p in Path.cwd().iterdir()] == ["a"]

@@ -14,6 +14,7 @@ from tiny_checkpoints import TINY, by_facebook, refused, same_weights
 
 import models
 from models import load
+from models.weights import first_line
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +179,8 @@ def test_reachable():
         server.shutdown()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
         assert not models.weights.reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)
+
+
+def test_a_long_path_does_not_hide_the_way_out():
+    error = ValueError(f"bank: {'a' * 1000} was built with {'b' * 300}; build one with it\nmore")
+    assert first_line(error).endswith("; build one with it") and len(first_line(ValueError("a" * 9000))) == 2000
