@@ -135,9 +135,10 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
 def _path(argument: str, value: object) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{argument}: expected a path, got {printable(repr(value), 80)}")
-    if not str(value).strip() or "\0" in str(value):
-        raise ValueError(f"{argument}: '{printable(str(value), 80)}' is no path; pass the name of a file or a folder")
-    return Path(value)
+    try:
+        return path(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 def _in_help(value: object) -> str:
@@ -161,6 +162,13 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """Parse a path, as a `type` for `add_argument`; an empty one, which would be the current folder, is a slip."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 80)}' is no path; pass the name of a file or a folder")
+    return Path(text)
 
 
 def one_of(*words: str) -> Callable[[str], str]:

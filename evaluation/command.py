@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command_line.options import Parser, find_device, number, precision
+from command_line.options import Parser, find_device, number, path, precision
 from command_line.terminal import complain, say
 from daam_core import UnsupportedModel, overlay, render
 from daam_vit.text import printable
@@ -55,20 +55,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--model", metavar="NAME", default="embedded", help=f"timm name, hf:NAME, torchvision:NAME, or embedded {shown}"
     )
-    add("--checkpoint", metavar="FILE", help="local weights, .safetensors or .pth")
+    add("--checkpoint", type=path, metavar="FILE", help="local weights, .safetensors or .pth")
     add(
         "--bank",
+        type=path,
         metavar="DIR",
         help="memory bank, for a model without a classifier (default: that of the embedded model)",
     )
-    add("--images", type=Path, required=True, metavar="FOLDER", help="photos, including those in sub-folders")
+    add("--images", type=path, required=True, metavar="FOLDER", help="photos, including those in sub-folders")
     add(
         "--list",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="use only the photos that this file names, one path in the folder per line",
     )
-    add("--annotations", type=Path, metavar="FOLDER",
+    add("--annotations", type=path, metavar="FOLDER",
         help="boxes (XML of VOC or ImageNet) or masks (PNG), named like the photos")  # fmt: skip
     add("--limit", type=number(int, 1, 10**9), metavar="N", help="use N of the photos, chosen at random (default: all)")
     add("--methods", nargs="+", default=["all"], metavar="METHOD",
@@ -94,7 +95,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help=f"dtype of the model for removal curves; maps are always float32 {shown}")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for records, tables and pictures")
+    add("--out", type=path, required=True, metavar="DIR", help="folder for records, tables and pictures")
     return parser.parse_args(arguments)
 
 

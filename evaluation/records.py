@@ -98,9 +98,10 @@ def writing(path: Path) -> Iterator[None]:
     """Name the path in the error of a full disk, or of a folder that cannot be written."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RecursionError) as error:  # the latter of a thousand folders below each other
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"out: {printable(str(path), 150)} cannot be written: {error.strerror or error}; make room or choose "
+            f"out: {printable(str(path), 150)} cannot be written: {reason}; make room or choose "
             "another folder; what was recorded is complete"
         ) from None
 

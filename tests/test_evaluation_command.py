@@ -340,6 +340,9 @@ def test_embedded_self_supervised_model(some, evaluate, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["bank"].endswith("embedded")
 
 
+PATHS = ["--images", "--out", "--list", "--annotations", "--checkpoint", "--bank"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -364,6 +367,7 @@ def test_embedded_self_supervised_model(some, evaluate, tmp_path):
         (["--images", "x" * 5000], "images: there is no folder xxx"),
         (["--methods", "x" * 5000], "is unknown; choose from all, candidates, "),
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
+        *(([name, " "], f"argument {name}: ' ' is no path; pass the name of a file or a folder") for name in PATHS),
     ],
 )
 def test_refusals(options, message, evaluate, tmp_path):

@@ -12,6 +12,7 @@ from evaluation.records import (
     photo_values,
     read_records,
     repair_records,
+    running,
     sanity_values,
 )
 
@@ -98,3 +99,9 @@ def test_values_by_metric_method_and_photo():
     assert sanity_values([{"photo": "a", "methods": {"daam": {"randomised": []}}}], ["daam"]) == {}
     inverted = [{"photo": "a", "methods": {"daam": {"randomised": [0.8, -0.3]}}}]
     assert sanity_values(inverted, ["daam"]) == {"randomised": {"daam": {"a": 0.3}}}
+
+
+def test_too_many_folders_below_each_other(tmp_path):
+    with pytest.raises(OSError, match="^out: .* cannot be written: "), running(tmp_path / ("y/" * 1500), {}, {}):
+        pass
+    assert not list(tmp_path.iterdir())
