@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from daam_core import AttentionFlow
 from daam_vit.fonts import drawable
@@ -27,10 +28,8 @@ MAX_BYTES, MAX_PART = 230, 100
 and the temporary name of the folder is longer than its name."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 """Names of devices on Windows, which no file can have."""
-CLAIM = ".claim"
-"""File in a folder whose result is being written; it says of what."""
-PATIENCE = 3600
-"""Seconds after which a claim is that of a process that was killed."""
+LOCK = ".lock"
+"""File in a folder whose result is being written."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,8 +128,8 @@ SCHEMA = {
 def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     """Yield the folder for a result: `folder`, or `folder`-2, `folder`-3, ... if another result is in the way.
 
-    A result is replaced by a later one of the same photo, classes, weights and bank, and by no other. Another process
-    that writes there at the same time is in the way, too. A new folder is deleted if its result is not completed.
+    A result is replaced by a later one of the same photo, classes, weights and bank, and by no other. What another
+    process is writing at the same time is in the way, too. A new folder is deleted if its result is not completed.
 
     Args:
         folder: the folder that is preferred.
@@ -138,37 +137,38 @@ def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     subject = _subject(manifest)
-    candidates = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
-    for own in candidates:
+    for own in chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2))):
         new = not os.path.lexists(own)
-        if _take(own, subject):
+        if lock := _take(own, subject):
             break
     try:
         yield own
     finally:
-        (own / CLAIM).unlink(missing_ok=True)
         if new and not (own / "flow.json").exists():
             shutil.rmtree(own, ignore_errors=True)
+        _give_back(lock)
 
 
-def _take(folder: Path, subject: str) -> bool:
-    """Claim a folder for a result, unless it holds another one, or another process is writing another one there."""
+def _take(folder: Path, subject: str) -> BaseFileLock | None:
+    """Return the lock of a folder; None if it holds another result, or another process holds it."""
     if not _is_free(folder, subject):
-        return False
+        return None
     folder.mkdir(exist_ok=True)
-    claim = folder / CLAIM
+    lock = FileLock(folder / LOCK, thread_local=False)
     try:
-        with open(claim, "x", encoding="ascii") as file:
-            file.write(subject)
-    except FileExistsError:
-        if not claim.is_file():  # it is gone by now, or something else of this name
-            return False
-        abandoned = time.time() - claim.stat().st_mtime > PATIENCE
-        return abandoned or claim.read_text(encoding="ascii", errors="replace") == subject
+        lock.acquire(timeout=0)
+    except (OSError, Timeout):  # an OSError: something else has this name
+        return None
     if _is_free(folder, subject):  # another process may have finished its result in the meantime
-        return True
-    claim.unlink()
-    return False
+        return lock
+    _give_back(lock)
+    return None
+
+
+def _give_back(lock: BaseFileLock) -> None:
+    with suppress(OSError):  # Windows deletes no open file
+        os.unlink(lock.lock_file)  # before the release, so that nobody deletes the lock of the next one
+    lock.release()
 
 
 def _is_free(folder: Path, subject: str) -> bool:

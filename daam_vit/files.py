@@ -270,12 +270,20 @@ def _atomic_folder(directory: Path, replaced: str) -> Iterator[Path]:
                 with _hold_while_moving(place):
                     _move_files(part, place, replaced)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            _delete(part)
             for parent in missing:
                 with suppress(OSError):  # others may use it by now
                     parent.rmdir()
             raise
+        _delete(part)
+
+
+def _delete(part: Path) -> None:
+    try:
         shutil.rmtree(part, ignore_errors=True)
+    except BaseException:  # a signal came in the middle
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _move_files(part: Path, place: Path, replaced: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line.names import CLAIM, drawn_name, file_name, own_folder, result_folder, result_names, shorten
+from command_line.names import LOCK, drawn_name, file_name, own_folder, result_folder, result_names, shorten
 
 CHINESE = "虎斑猫" * 140
 
@@ -103,7 +103,6 @@ def manifest(photo="p", *classes, model="m", checkpoint="w", bank=None):
 def save(folder, what):
     with own_folder(folder, what) as own:
         (own / "flow.json").write_text(json.dumps(what))
-    assert not (own / CLAIM).exists()
     return own.name
 
 
@@ -147,14 +146,13 @@ def test_a_manifest_that_says_nothing_is_left_alone(text, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
-@pytest.mark.parametrize("name", ["flow.json", CLAIM])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.name), Path.mkdir])
-def test_nothing_but_files_is_read(name, make, tmp_path):
+def test_nothing_but_files_is_read(make, tmp_path):
     """A pipe would be read for ever."""
     place = tmp_path / "coffee-cup"
     place.mkdir()
-    make(place / name)
-    assert save(place, manifest()) == "coffee-cup-2" and os.listdir(place) == [name]
+    make(place / "flow.json")
+    assert save(place, manifest()) == "coffee-cup-2" and os.listdir(place) == ["flow.json"]
 
 
 def test_other_things_in_the_way(tmp_path):
@@ -180,23 +178,22 @@ def test_an_error_leaves_nothing_or_what_was_there(tmp_path):
             (own / "flow.gif").write_text("half of it")
             raise OSError("the disk is full")
         assert folder.exists() == bool(before)
-    assert json.loads((folder / "flow.json").read_text()) == manifest() and not (folder / CLAIM).exists()
+    assert json.loads((folder / "flow.json").read_text()) == manifest() and not (folder / LOCK).exists()
 
 
-def test_the_claim_of_a_killed_process(tmp_path):
+def test_the_lock_of_a_killed_process(tmp_path):
     folder = tmp_path / "coffee-cup"
     folder.mkdir()
-    (folder / CLAIM).write_text("another result")
-    assert save(folder, manifest()) == "coffee-cup-2"
-    os.utime(folder / CLAIM, (0, 0))
-    assert save(folder, manifest("q")) == "coffee-cup"
+    (folder / LOCK).touch()
+    assert save(folder, manifest()) == "coffee-cup" and not (folder / LOCK).exists()
 
 
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
     folder = tmp_path / "coffee-cup"
     one, two = manifest("p"), manifest("q")
     with own_folder(folder, one) as first, own_folder(folder, two) as second, own_folder(folder, one) as again:
-        assert [first.name, second.name, again.name] == ["coffee-cup", "coffee-cup-2", "coffee-cup"]
+        assert [first.name, second.name, again.name] == ["coffee-cup", "coffee-cup-2", "coffee-cup-3"]
+    assert not any(tmp_path.iterdir())
     with ThreadPool(8) as pool:
         made = pool.map(lambda n: save(folder, manifest(str(n))), range(24))
-    assert len(set(made)) == 24
+    assert len(set(made)) == 24 and not [*tmp_path.rglob(LOCK)]
