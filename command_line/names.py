@@ -137,16 +137,21 @@ def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     subject = _subject(manifest)
-    for own in chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2))):
-        new = not os.path.lexists(own)
-        if lock := _take(own, subject):
-            break
+    own, new, lock = folder, False, None
     try:
+        for own in chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2))):
+            new = not os.path.lexists(own)
+            if lock := _take(own, subject):
+                break
         yield own
     finally:
-        if new and not (own / "flow.json").exists():
+        if new and lock and not (own / "flow.json").exists():
             shutil.rmtree(own, ignore_errors=True)
-        _give_back(lock)
+        if lock:
+            _give_back(lock)
+        elif new:  # a signal came before the folder was held
+            with suppress(OSError):
+                own.rmdir()
 
 
 def _take(folder: Path, subject: str) -> BaseFileLock | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import TextIO
 
@@ -92,4 +93,14 @@ def _leave(number: int, frame: object) -> None:
     """End the process as an exception does, so that temporary files are deleted; more signals do not interrupt that."""
     for each in _SIGNALS:
         signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback if the next one is already there
+
+    def swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal again if it came while an object was deleted, where Python drops exceptions."""
+        if isinstance(unraisable.exc_value, SystemExit):
+            signal.signal(number, _leave)
+            threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = swallowed
     sys.exit(128 + number)

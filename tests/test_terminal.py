@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -16,6 +17,11 @@ import argparse, sys, time
 from pathlib import Path
 from tqdm import tqdm
 from command_line.terminal import complain, run, say
+
+class Deleted:
+    def __del__(self):
+        Path("ready").touch()
+        time.sleep(60)
 
 def main():
     task = sys.argv[1]
@@ -31,6 +37,9 @@ def main():
             part.write_text("half")
             Path("ready").touch()
             time.sleep(60)
+    if task == "signal in a deletion":
+        Deleted()
+        time.sleep(60)
     return 0
 
 run(main)
@@ -108,6 +117,16 @@ def test_a_signal_cleans_up(sent, codes, tmp_path):
     assert files(tmp_path) == DONE and "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_a_signal_while_an_object_is_deleted(tmp_path):
+    """Python drops an exception there."""
+    listening = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    process = start([sys.executable, "-c", PROGRAM, "signal in a deletion"], tmp_path, listening)
+    wait_for(lambda: (tmp_path / "ready").exists(), process)
+    process.terminate()
+    assert process.wait(timeout=50) == 143
+    assert "ignored" not in (tmp_path / "log").read_text()
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     process = start(
         [sys.executable, "-c", PROGRAM, "signal"], tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -130,9 +149,10 @@ def test_a_script_that_is_terminated_leaves_whole_results_only(offline, weights,
     process.terminate()
     assert process.wait(timeout=60) == 143 and no_leftovers(tmp_path)
     assert "Traceback" not in (tmp_path / "log").read_text()
-    made = list((tmp_path / "out" / "tiny").iterdir())
-    assert 1 <= len(made) < 100
-    assert all(len([p for p in folder.rglob("*") if p.is_file()]) == 17 for folder in made)
+    made = [[p.name for p in folder.rglob("*") if p.is_file()] for folder in (tmp_path / "out" / "tiny").iterdir()]
+    whole = [names for names in made if "flow.json" in names]
+    assert 1 <= len(whole) < 100 and all(len(names) == 17 for names in whole)
+    assert all(names in ([], [".lock"]) for names in made if names not in whole)  # it came while a folder was made
 
 
 def start(command, folder, preexec, environment=None):
