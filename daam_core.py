@@ -299,7 +299,7 @@ def attention_flow(
             family: distillation token, attention pool), or the attention cannot be seen.
         ValueError: if `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
-        TypeError: if `model`, `images` or `importance` is something else than these; one line, too.
+        TypeError: if `model`, `images` or `importance` has the wrong type; also one line.
     """
     model = unwrap(model)
     check_choice("variant", variant, VARIANTS)

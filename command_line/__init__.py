@@ -5,5 +5,5 @@ photos.py      the loop over the photos: read them in batches, report errors
 neighbours.py  neighbours of the photos in a memory bank
 results.py     results of a photo: manifest, evolution of the decision, files
 names.py       names of results: classes in words, the folder, and whose folder it is
-terminal.py    what is printed, closed streams and signals
+terminal.py    printed lines, closed streams and signals
 """

@@ -1,4 +1,4 @@
-"""Names of results: of a class in words, of the folder of a result, and whose folder it is."""
+"""Names of classes and of the folders of results, and which result a folder belongs to."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from daam_vit.text import printable
 from models.schema import parse_json
 
 MAX_NAME_LENGTH = 80
-"""Largest number of characters of several classes in the name of a folder."""
+"""Largest number of characters that the names of several classes take in the name of a folder."""
 MAX_BYTES, MAX_PART = 230, 100
 """Largest number of bytes of the name of a folder, and of its two parts if it would be longer. File systems allow 255,
 and the temporary name of the folder is longer than its name."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
-"""Names of devices on Windows, which no file can have."""
+"""Names of devices on Windows, which files cannot have."""
 LOCK = ".lock"
 """File in a folder whose result is being written."""
 
@@ -60,13 +60,13 @@ def drawn_name(label: str, index: int) -> str:
 
 
 def file_name(text: str) -> str:
-    """Return a name that every file system accepts, unless it is too long."""
+    """Return a name without characters that a file system refuses; `shorten` limits its length."""
     name = re.sub(r"[^\w.+-]+", "_", text).strip("._") or "_"
     return RESERVED.sub(r"\1_\2", name) if RESERVED.match(name) else name
 
 
 def shorten(name: str, limit: int = MAX_BYTES) -> str:
-    """Cut a name to a number of bytes; a hash tells it from others that begin alike."""
+    """Cut a name to a number of bytes; a hash distinguishes it from names with the same beginning."""
     try:
         encoded = os.fsencode(name)
         fits = len(encoded) <= limit
@@ -110,7 +110,7 @@ def result_folder(folder: Path, labels: list[str], flow: AttentionFlow) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Whose folder it is
+# Which result a folder belongs to
 # ----------------------------------------------------------------------------------------------------------------------
 
 SCHEMA = {
@@ -121,19 +121,19 @@ SCHEMA = {
     "target": {"index": int},
     "targets": [{"index": int}],
 }
-"""Entries of flow.json that say what it is the result of."""
+"""Schema of the entries of flow.json that identify a result."""
 
 
 @contextmanager
 def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
     """Yield the folder for a result: `folder`, or `folder`-2, `folder`-3, ... if another result is in the way.
 
-    A result is replaced by a later one of the same photo, classes, weights and bank, and by no other. What another
-    process is writing at the same time is in the way, too. A new folder is deleted if its result is not completed.
+    A result is replaced by a later one of the same photo, classes, weights and bank, and by no other. A folder that
+    another process is writing is in the way, too. A new folder is deleted if its result is not completed.
 
     Args:
-        folder: the folder that is preferred.
-        manifest: of the result.
+        folder: the preferred folder.
+        manifest: the manifest of the result.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     subject = _subject(manifest)
@@ -177,7 +177,7 @@ def _give_back(lock: BaseFileLock) -> None:
 
 
 def _is_free(folder: Path, subject: str) -> bool:
-    """Return whether a folder has no complete result, or one of the same subject."""
+    """Return whether a folder can be written: it has no complete result, or one of the same subject."""
     file = folder / "flow.json"
     if not file.is_file():  # a pipe would be read for ever
         return not os.path.lexists(file) and (folder.is_dir() or not os.path.lexists(folder))
@@ -188,7 +188,7 @@ def _is_free(folder: Path, subject: str) -> bool:
 
 
 def _subject(manifest: dict) -> str:
-    """Return what a result is a result of, as a text to compare."""
+    """Return the photo, classes, weights and bank of a result, as a text to compare."""
     checkpoint, bank = manifest.get("checkpoint"), manifest.get("bank")
     return json.dumps(
         {

@@ -24,7 +24,7 @@ from models.weights import first_line
 MAX_CLASSES = 10
 """Largest number of classes that are explained side by side."""
 MAX_DEPTH = 100
-"""Largest number of folders below each other that are made for the results."""
+"""Largest number of nested folders that are created for the results."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def bank_options(parser: Parser, bank: str | Path | None) -> None:
 
 
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options; a constant of the script that none of them replaces may have any type, and is checked.
+    """Parse the options, and check the constants of the script that no option replaces, which may have any type.
 
     In the result, `image` is a list of paths, and `target` a list of names and indices, or None.
     """
@@ -165,7 +165,7 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
 
 
 def path(text: str) -> Path:
-    """Parse a path, as a `type` for `add_argument`; an empty one, which would be the current folder, is a slip."""
+    """Parse a path, as a `type` for `add_argument`; refuse an empty one, which would mean the current folder."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"'{printable(text, 80)}' is no path; pass the name of a file or a folder")
     return Path(text)
@@ -246,7 +246,7 @@ def target_words(target: object) -> list[int | str] | None:
     Raises:
         ValueError: if it is of another type.
     """
-    if hasattr(target, "tolist"):  # of numpy or torch
+    if hasattr(target, "tolist"):  # a value of numpy or torch
         target = target.tolist()
     if target is None:
         return None
@@ -258,7 +258,7 @@ def target_words(target: object) -> list[int | str] | None:
 
 
 def _decoded(word: str) -> str:
-    """Return a word of the command line as it was written, if it is in UTF-8 and the locale is not."""
+    """Return a word of the command line decoded as UTF-8, whatever the locale; unchanged if it is not UTF-8."""
     with suppress(UnicodeError):
         return os.fsencode(word).decode()
     return word
@@ -269,7 +269,7 @@ def find_targets(target: object, class_names: list[str] | None, num_classes: int
 
     Args:
         target: a name, an index, several of them, "topN", or None; an integer is always an index, and a text is a
-            name if a class is called so.
+            name if a class has it.
         class_names: one name per class; None if they are unknown.
         num_classes: number of classes.
 
@@ -319,7 +319,7 @@ def _listed(value: object) -> list:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Raise a ValueError unless files can be written to a folder, or to the one in which it would be made."""
+    """Raise a ValueError unless files can be written to a folder, or to the existing one that would hold it."""
     missing: list[str] = []
     try:
         for existing in (folder.absolute(), *folder.absolute().parents):

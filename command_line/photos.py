@@ -70,7 +70,7 @@ class Photos:
     """
 
     def __init__(self, options: argparse.Namespace):
-        """Find the files; report paths that do not exist, folders without images, and if nothing can be written."""
+        """Find the files; report missing paths, folders without images, and an output folder that is not writable."""
         self.options = options
         self.errors = 0
         files: list[Path] = []
@@ -182,7 +182,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _without_repetitions(files: list[Path]) -> list[Path]:
-    """Return every file once, however its path is spelled; a link is another file than what it leads to."""
+    """Return every file once, however its path is spelled; a link and its target are two files."""
     folders = {folder: folder.resolve() for folder in dict.fromkeys(file.parent for file in files)}
     different: dict[Path, Path] = {}
     for file in files:

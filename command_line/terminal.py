@@ -1,4 +1,4 @@
-"""Talk to the terminal: names are escaped, output that nobody reads stops nobody, and a kill cleans up."""
+"""Talk to the terminal: escape names, survive a closed pipe, and clean up after a kill."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Stream:
     """A text stream whose output is dropped once it cannot be written, because the reader left or the disk is full."""
 
     error: OSError | None = None
-    """The first error, unless the reader just left."""
+    """The first error other than a closed pipe."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -78,7 +78,7 @@ class _Stream:
 
 
 def _open_closed_streams() -> None:
-    """Open the streams that the caller has closed, so that no other file gets their numbers."""
+    """Open the streams that the caller closed, so that no other file gets their descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
@@ -90,7 +90,7 @@ def _open_closed_streams() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """End the process as an exception does, so that temporary files are deleted; more signals do not interrupt that."""
+    """End the process by an exception, so that temporary files are deleted; ignore further signals meanwhile."""
     for each in _SIGNALS:
         signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback if the next one is already there
 

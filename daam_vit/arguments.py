@@ -1,4 +1,4 @@
-"""Check the arguments of functions that draw and write, before anything is done.
+"""Check arguments: types, numbers, pictures, maps and paths.
 
 Every message is one line that begins with the argument. A wrong Python type is a TypeError, a wrong value a ValueError.
 """
@@ -23,7 +23,7 @@ from daam_vit.pixels import to_rgb
 from daam_vit.text import printable
 
 MAX_BYTES = 2**32
-"""Largest picture, or stack of maps, in memory. A larger one is a slip, and the system might end the process."""
+"""Largest picture, or stack of maps, in memory. A larger one is treated as a mistake: it could kill the process."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Types and numbers
@@ -31,13 +31,13 @@ MAX_BYTES = 2**32
 
 
 def check_type(name: str, value: object, types: type | tuple[type, ...], expected: str) -> None:
-    """Raise a TypeError unless the argument `name` has one of the types; True and False are no numbers."""
+    """Raise a TypeError unless the argument `name` has one of the types; a bool never has."""
     if not isinstance(value, types) or isinstance(value, bool):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
 def check_sequence(name: str, values: Any, expected: str, count: int | None = None) -> None:
-    """Raise unless `values` is a list, a tuple or another sequence, but no text; and has `count` elements, if given."""
+    """Raise unless `values` is a sequence other than text, with `count` elements if that is given."""
     scalar = isinstance(values, np.ndarray | Tensor) and not values.ndim
     if scalar or isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray | Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}")
@@ -54,14 +54,14 @@ def check_rows(name: str, rows: Any, expected: str) -> list[list]:
 
 
 def check_texts(name: str, texts: Any, count: int, what: str) -> None:
-    """Raise unless `texts` is a sequence of `count` texts, one for each of these things."""
+    """Raise unless `texts` is a sequence of `count` texts, one for each of the things that `what` names."""
     check_sequence(name, texts, f"one for each of {count} {what}", count)
     for text in texts:
         check_type(name, text, str, "texts")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Return an integer between two bounds, from any type of integer that numpy and torch have."""
+    """Return an integer of any type, also of numpy or torch, as an int; raise unless it is within two bounds."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -75,7 +75,7 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise unless a value is a real number between two bounds; NaN is not."""
+    """Raise unless a value is a real number within two bounds; NaN never is."""
     check_type(name, value, Real, "a number")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low:,g} to {high:,g}, got {_shown(value)}")
@@ -96,7 +96,7 @@ def check_memory(name: str, *shape: int) -> None:
 
 
 def check_path(name: str, path: Any) -> Path:
-    """Return a path that the operating system can have, whether or not there is something."""
+    """Return a path; raise unless the operating system accepts it. The file need not exist."""
     check_type(name, path, (str, os.PathLike), "a path")
     text = os.fspath(path)
     check_type(name, text, str, "a path of characters")
@@ -104,7 +104,7 @@ def check_path(name: str, path: Any) -> Path:
         raise ValueError(f"{name}: is empty; pass a path, '.' for the current folder")
     try:
         os.stat(text)
-    except (FileNotFoundError, PermissionError):  # it may be made, or the system says more when it is written
+    except (FileNotFoundError, PermissionError):  # it may be created later; the error of writing says more
         pass
     except (OSError, ValueError) as error:  # too long, below a file, with a NUL, or not in the system's encoding
         reason = getattr(error, "strerror", None) or str(error)
@@ -130,12 +130,12 @@ def check_image(name: str, image: Any) -> Image.Image:
     try:
         image.load()
         return image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
-    except (OSError, SyntaxError) as error:  # of a file that Pillow opened and reads only now
+    except (OSError, SyntaxError) as error:  # Pillow reads the pixels of an open file only now
         raise ValueError(f"{name}: cannot be read: {printable(str(error), 200)}") from error
 
 
 def check_frames(name: str, frames: Any) -> list[Image.Image]:
-    """Return frames as RGB images; there is at least one, and all have one size."""
+    """Return frames as RGB images; raise unless there is at least one and all have the same size."""
     check_sequence(name, frames, "a sequence of PIL images")
     if not len(frames):
         raise ValueError(f"{name}: there are none; pass at least one")
@@ -148,7 +148,7 @@ def check_frames(name: str, frames: Any) -> list[Image.Image]:
 
 
 def check_maps(name: str, maps: Any, ndim: tuple[int, ...], expected: str) -> np.ndarray:
-    """Return maps, a tensor or an array of real numbers, as an array of float32; they are finite.
+    """Return maps, a tensor, array or nested sequence of real numbers, as float32; raise unless all are finite.
 
     Args:
         name: the argument.

@@ -1,4 +1,4 @@
-"""Check what is explained, and runs against the assumptions of the method; refuse with a one-line error.
+"""Check targets and importance, and runs against the assumptions of the method.
 
 Every message begins with the argument, says what is wrong, and names the way out.
 """

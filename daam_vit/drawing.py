@@ -47,7 +47,7 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
 
     Raises:
         ValueError: if `accumulated` is not `(L, h, w)`, not finite or beyond 6.8e37, or a side of `size` is below 1.
-        TypeError: if `accumulated` is no tensor or array, or `size` is not two integers.
+        TypeError: if `accumulated` or `size` has the wrong type.
     """
     accumulated = check_maps("accumulated", accumulated, (3,), "the maps (L, h, w) of one image")
     if np.abs(accumulated).max() > np.finfo(np.float32).max / 5:

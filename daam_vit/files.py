@@ -37,11 +37,13 @@ from daam_vit.text import printable
 MAX_DURATION = 655_350
 """Longest time in milliseconds that a frame of a GIF can stay."""
 OWN_NAMES = ("flow.gif", "flow.json", "frames", "maps.npz", "sheet.png")
-"""What `save_flow` writes into a folder; other pictures have other names."""
+"""Names that `save_flow` writes itself; further pictures must have other names."""
 PATIENCE = 60
 """Seconds to wait for another process that moves its files to the same folder."""
 _YOUNG, _YOUNG_WITHOUT_LOCK = 5, 60
-"""Seconds in which a temporary folder may still be getting its lock; older versions had none."""
+"""Seconds after which a temporary folder, with and without a lock file, counts as abandoned if nobody holds it.
+
+A younger one may belong to a process that is about to take the lock. Folders of older versions have no lock file."""
 Picture = Image.Image | Callable[[], Image.Image]
 """A picture, or a function that draws it."""
 
@@ -136,10 +138,11 @@ def save_flow(
         The folder.
 
     Raises:
-        ValueError: if the image is not in the batch, the maps are not finite, a number, name or entry does not do, or
-            another process writes into the folder for longer than `PATIENCE`.
+        ValueError: if the image is not in the batch, the maps are not finite, a number, file name or manifest entry is
+            invalid, or another process writes into the folder for longer than `PATIENCE`.
         TypeError: if an argument has the wrong type.
-        OSError: if files cannot be written. In every case the folder stays as it was.
+        OSError: if files cannot be written. After any error the folder is as it was, unless a finished file could not
+            be moved into it.
     """
     directory = check_path("directory", directory).absolute()
     if directory.exists() and not directory.is_dir():
@@ -242,7 +245,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to `path` at the end, or delete it after an exception."""
     path = Path(path)
     part = _temporary_path(path)
-    with _naming(path, part):
+    with _naming_in_errors(path, part):
         try:
             yield part
             os.replace(part, path)
@@ -261,7 +264,7 @@ def _atomic_folder(directory: Path, replaced: str) -> Iterator[Path]:
     place = directory.resolve()  # the temporary folder lies beside it, since only there a rename is atomic
     missing = [parent for parent in place.parents if not parent.exists()]
     part = _temporary_path(place)
-    with _naming(directory, part):
+    with _naming_in_errors(directory, part):
         _delete_abandoned(part.parent)
         try:
             part.mkdir(parents=True)
@@ -304,7 +307,7 @@ def _move_files(part: Path, place: Path, replaced: str) -> None:
 
 @contextmanager
 def _hold_while_moving(place: Path) -> Iterator[None]:
-    """Hold a folder for a moment, so that two processes do not mix their files in it."""
+    """Hold a lock beside a folder, so that two processes do not mix their files in it."""
     lock = FileLock(_hidden(place, "lock"))
     try:
         lock.acquire(timeout=PATIENCE)
@@ -322,7 +325,7 @@ def _hold_while_moving(place: Path) -> Iterator[None]:
 
 
 def _delete_abandoned(folder: Path) -> None:
-    """Delete the temporary folders of processes that were killed: nobody holds their locks."""
+    """Delete the temporary folders of killed processes, whose locks nobody holds."""
     for part in folder.glob(".*.part"):
         lock = part / ".lock"
         with suppress(OSError, Timeout):
@@ -333,8 +336,8 @@ def _delete_abandoned(folder: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path, part: Path) -> Iterator[None]:
-    """Name the file in errors of the system, which name its temporary path or, if the disk is full, none."""
+def _naming_in_errors(path: Path, part: Path) -> Iterator[None]:
+    """Name the file in errors of the system, which name its temporary path or, on a full disk, no path."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Write text into pictures, in a font that has its characters: a missing one never becomes a box.
+"""Write text into pictures, in a font that has its characters; none is drawn as an empty box.
 
-Pillow's own font has little more than ASCII. For other texts a font of the system, or of matplotlib, is chosen that has
-all characters; with none, a missing character becomes "?". Names of files and classes can be written as they are.
+Pillow's own font has little more than ASCII. Other texts are drawn in a font of the system or of matplotlib that has
+all their characters. If there is none, missing characters become "?". Names of files and classes can be passed as they
+are.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ MAX_LENGTH = 1000
 """Largest number of characters of a line."""
 _ASCII = frozenset(map(chr, range(32, 127)))
 _JOINERS = frozenset("\u200c\u200d\u200e")
-"""Invisible, but they decide how their neighbours are shaped, and in which direction they run."""
+"""Invisible characters that decide how their neighbours are shaped, and in which direction they run."""
 _LABELLED = re.compile("(?<=[\u0590-\u08ff])(?=[:,])")
-"""Where a name in Hebrew or Arabic ends; without a mark a number after it would run to its left."""
+"""End of a name in Hebrew or Arabic; without a direction mark there, a number after it would be drawn on its left."""
 
 
 def write(
@@ -72,7 +73,7 @@ def write(
 def write_lines(
     pen: ImageDraw.ImageDraw, xy: tuple[float, float], lines: Iterable[str], size: float, spacing: float
 ) -> None:
-    """Write lines below each other, in black, with this many pixels between them; each one has a font of its own."""
+    """Write lines below each other in black, `spacing` pixels apart; the font is chosen for each line."""
     x, y = xy
     step = pen.textbbox((0, 0), "A", _sized(_PILLOW, size))[3] + spacing
     for i, line in enumerate(lines):
@@ -113,7 +114,7 @@ def drawable(text: str) -> bool:
 
 
 def font_for(text: str, size: float) -> Font | None:
-    """Return a font that has all characters of a text, Pillow's own one if it does; None if there is none."""
+    """Return a font that has all characters of a text, preferably Pillow's own; None if there is none."""
     face, missing = _best_face(frozenset(_visible(text)))
     return None if missing else _sized(face, size)
 
@@ -177,11 +178,11 @@ def _length(words: str, font: Font) -> float:
 
 
 class _Face(NamedTuple):
-    """A face of a font file; Pillow's own font without a file."""
+    """A face of a font file, or Pillow's own font if there is no file."""
 
     file: str = ""
     number: int = 0
-    """In a collection of faces; versions of matplotlib before 3.11 know the first one."""
+    """Index in a collection of faces; matplotlib before 3.11 lists only the first."""
     family: str | None = None
 
 
@@ -267,7 +268,7 @@ def _text_faces() -> tuple[_Face, ...]:
         return getattr(entry, "index", 0)
 
     upright = sorted((entry for entry in fontManager.ttflist if entry.style == "normal"), key=preference)
-    best = {entry.name: entry for entry in reversed(upright)}  # one face of a family: the others know no more
+    best = {entry.name: entry for entry in reversed(upright)}  # one face per family: the others add no characters
     return tuple(_Face(e.fname, number(e), e.name) for e in sorted(best.values(), key=preference))
 
 

@@ -44,7 +44,7 @@ class UnsupportedModel(ValueError):
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise a ValueError unless the argument `name` has one of the values."""
+    """Raise a ValueError unless `value` is one of the choices."""
     if getattr(value, "ndim", 0) or value not in choices:  # an array compares every element
         expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         raise ValueError(f"{name}: expected {expected}, got {printable(repr(value), 80)}")
@@ -60,7 +60,7 @@ def check_tensor(name: str, value: object, expected: str = "a tensor") -> None:
 
 
 def unusual_kind(tensor: Tensor) -> str:
-    """Return what keeps a tensor from being dense, real and with values: one of `UNUSUAL`, or its layout; else ""."""
+    """Return why a tensor is not dense, real and filled with values: a key of `UNUSUAL`, or its layout; else ""."""
     return (
         "nested" if tensor.is_nested
         else str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided
@@ -88,7 +88,7 @@ def check_shapes(pattern: str, **tensors: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, way_out: str) -> None:
-    """Raise a ValueError if a tensor has NaN or infinite values, or integers."""
+    """Raise a ValueError unless a tensor has finite floating point values."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected floating point values, got {tensor.dtype}")
     if not torch.isfinite(tensor).all():
@@ -111,7 +111,7 @@ def check_model(model: object) -> None:
 
 
 def check_weights(parameter: Tensor) -> None:
-    """Raise a ValueError unless a parameter, on behalf of all, has values of a type in which torch computes."""
+    """Raise a ValueError unless a parameter, which stands for all, has values of a type in which torch computes."""
     if parameter.is_meta:
         raise ValueError("model: its weights are on the meta device and have no values; load them first")
     if parameter.dtype not in FLOATS:
@@ -119,7 +119,7 @@ def check_weights(parameter: Tensor) -> None:
 
 
 def check_images(images: Any, channels: int | None = None) -> None:
-    """Raise unless `images` are `(B, C, H, W)` of floating point; `channels` None: any number."""
+    """Raise unless `images` are `(B, C, H, W)` of floating point, with `channels` channels (None: any number)."""
     check_tensor("images", images, "a tensor (B, C, H, W) with B > 0")
     if images.ndim != 4 or images.numel() == 0:
         shape = tuple(images.shape)
@@ -197,7 +197,7 @@ def check_indices(name: str, values: Tensor, count: int, what: str) -> Tensor:
 
 
 def check_directions(features: Tensor) -> None:
-    """Raise a ValueError unless every feature of `(B, D)` is finite, and has a length by which it can be divided."""
+    """Raise a ValueError unless every feature of `(B, D)` is finite and its norm is neither zero nor infinite."""
     check_finite("features", features, "look for NaN in the images and the weights")
     lengths = torch.linalg.vector_norm(features.float(), dim=1)  # (B,)
     wrong = ((lengths > 1e-12) & lengths.isfinite()).logical_not().nonzero().flatten().tolist()

@@ -16,7 +16,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of torch.compile, data-parallel training and weight averaging.
 
     Raises:
-        TypeError: if it is no model.
+        TypeError: if it is not a module that can run.
     """
     wrappers = {"OptimizedModule": "_orig_mod"} | dict.fromkeys(
         ("DataParallel", "DistributedDataParallel", "AveragedModel"), "module"
@@ -39,7 +39,7 @@ def class_names_of(model: nn.Module) -> list[str]:
 
 
 def check_input(model: nn.Module, images: Images, channels: int | None = None) -> None:
-    """Raise unless a model has weights that can compute, and `images` the form that it takes; see `check_images`."""
+    """Raise unless torch can compute with the weights of a model, and `images` have the form that it takes."""
     check_weights(reference_parameter(model))
     if isinstance(images, dict) and "timm.NaFlexVit" in class_names_of(model):
         check_patches(images)
@@ -60,7 +60,7 @@ def check_output(output: Tensor) -> None:
 
 
 def failure(model: nn.Module, error: Exception) -> str:
-    """Say what about a model made its run fail, after an error of torch; "" if that is not known."""
+    """Explain by an error of torch what about a model made its run fail; "" if that is not known."""
     if "meta" in str(error) and any(parameter.is_meta for parameter in model.parameters()):
         return "model: a part of it is on the meta device and has no values; load its weights first"
     if "Inference tensors cannot be saved" in str(error):
@@ -92,7 +92,7 @@ def features(model: nn.Module, images: Images) -> Tensor:
         UnsupportedModel: a `ValueError`, for models of torchvision other than its ViT, for models of transformers
             without such a token or that read text as well, and if the output is not `(B, D)`.
         ValueError: if `images` have the wrong form, or the features are not finite.
-        TypeError: if `model` or `images` are something else.
+        TypeError: if `model` or `images` has the wrong type.
     """
     model = unwrap(model)
     check_input(model, images)
@@ -126,7 +126,7 @@ def _misfit(model: nn.Module, images: Images, error: Exception) -> str:
 
 
 def pre_logits(model: nn.Module, images: Images) -> Tensor:
-    """Run the model, without wrappers, and return its features as `features` does, unchecked."""
+    """Return the features of a model without wrappers, as `features` does, but without checks."""
     library = library_of(model)
     if library == "timm":
         return _features_of_timm(model, images)

@@ -1,4 +1,4 @@
-"""Hold a folder for one process, on every operating system; the lock ends with the process, however it ends."""
+"""Lock a folder for one process, on every operating system; the lock is released even if the process is killed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from daam_vit.text import printable
 
 @contextmanager
 def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
-    """Hold a folder, by a lock on its file `.lock`, which stays there; `.holder` says who holds it.
+    """Hold a folder by locking its file `.lock`, which is not deleted; the file `.holder` names the process.
 
     Args:
         folder: an existing folder.
         argument: the argument that names it, for the error.
-        what: what is done in it, for the error, such as "another build".
+        what: the activity that needs the folder, for the error, such as "another build".
 
     Raises:
         ValueError: if another process, or another thread, holds it (the error says which), or if the file system of

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
-"""Tags that say what the numbers in a TIFF mean (TIFF 6.0); Pillow does not obey all of them."""
+"""Tags that say what the numbers in a TIFF mean (TIFF 6.0); Pillow ignores some of them."""
 UNSIGNED, SIGNED = 1, 2
 """Values of `SAMPLE_FORMAT`."""
 GDAL_NODATA = 42113
@@ -52,7 +52,7 @@ def _to_8_bits(image: Image.Image, bits: int, kind: int, white_is_low: bool) -> 
         white = 4095 if bits == 12 else 65535
         values = _sixteen_bits(image)
         return (white - values if white_is_low else values) / (white / 255)
-    dtypes = {("I", 32, UNSIGNED): np.uint32, ("L", 8, SIGNED): np.int8}  # Pillow takes them for the opposite
+    dtypes = {("I", 32, UNSIGNED): np.uint32, ("L", 8, SIGNED): np.int8}  # Pillow swaps signed and unsigned here
     values = np.asarray(image)
     values = values.view(dtypes.get((image.mode, bits, kind), values.dtype)).astype(np.float64)
     sign = -1 if white_is_low else 1

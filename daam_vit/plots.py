@@ -90,11 +90,11 @@ def evolution_picture(
 
 _VALUES = "for each class its values"
 _RANGE = -0.01, 1.01
-"""Of shares and probabilities, which may be rounded."""
+"""Limits of shares and probabilities, which may be rounded."""
 
 
 def _check_curves(curves: Any) -> tuple[list[str], list[list[float]]]:
-    """Return the names and the values of curves."""
+    """Check curves; return their names and their values."""
     pairs = check_rows("curves", curves, "for each class its name and its values")
     for pair in pairs:
         check_sequence("curves", pair, "for each class its name and its values", 2)

@@ -1,4 +1,4 @@
-"""Make text safe to show: names of files and classes can hold anything."""
+"""Make text safe to show, because names of files and classes can hold anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories that are escaped: control characters, lone surrogates, separators of lines and paragraphs."""
 _BIDI = {chr(c) for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""Characters that reverse the text after them, so that a name reads like another one."""
+"""Characters that change the direction of text, which can make a name read like another one."""
 
 
 def printable(text: str, limit: int | None = None) -> str:

@@ -3,7 +3,7 @@
     python -m evaluation --model embedded --images photos/ --methods all --out evaluated
 
     command.py       options, and the loop over the photos
-    photos.py        the photos of a folder or of a list, and their names
+    photos.py        find the photos of a folder or of a list; their names
     decision.py      what is explained: the class of a photo, its probability, its gradient
     explained.py     a batch of photos with the attention behind its score
     methods.py       the methods: maps `(B, h, w)`

@@ -19,7 +19,7 @@ from models.images import FORMATS
 VOID = 255
 """Index of the border between objects in the palette masks of VOC; it belongs to no object."""
 LARGEST = 10**9
-"""Pixels; a side of an annotated photo that is longer is a mistake."""
+"""Longest side in pixels of an annotated photo; a longer one is treated as a mistake."""
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 

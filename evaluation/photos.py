@@ -10,7 +10,7 @@ from daam_vit.text import printable
 from models.images import walk_images
 
 LONGEST = 150
-"""Characters of a name in an error."""
+"""Largest number of characters of a name in an error."""
 
 
 def find_photos(folder: Path, listed: Path | None, without: Iterable[Path | None] = ()) -> list[str]:
@@ -47,7 +47,7 @@ def find_photos(folder: Path, listed: Path | None, without: Iterable[Path | None
 
 
 def _listed(folder: Path, listed: Path) -> list[str]:
-    """Return the names of the photos that a file lists; of several paths to one photo, the first in the alphabet."""
+    """Return the names of the photos that a file lists; of several paths to one photo, the alphabetically first."""
     place = printable(str(listed), LONGEST)
     if not os.path.isfile(listed):
         raise ValueError(f"list: there is no file {place}; check the path")

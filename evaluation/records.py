@@ -50,7 +50,7 @@ REQUIRED = {"photos.jsonl": ("photo", "name", "scores"), "sanity.jsonl": ("photo
 
 
 def check_out(out: Path, images: Path) -> None:
-    """Raise a ValueError if a run cannot be written into a folder, which need not exist yet, or should not."""
+    """Raise an error if a run cannot be written into a folder, which need not exist, or if it holds the photos."""
     with writing(out), suppress(FileNotFoundError, NotADirectoryError):
         out.lstat()  # an error if the name is too long
     if os.path.realpath(out) == os.path.realpath(images):
@@ -95,10 +95,10 @@ def running(out: Path, settings: dict, metadata: dict) -> Iterator[dict]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the path in the error of a full disk, or of a folder that cannot be written."""
+    """Turn an error of writing, such as a full disk, into one line that names the path."""
     try:
         yield
-    except (OSError, RecursionError) as error:  # the latter of a thousand folders below each other
+    except (OSError, RecursionError) as error:  # RecursionError: a thousand nested folders
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"out: {printable(str(path), 150)} cannot be written: {reason}; make room or choose "
@@ -107,7 +107,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_records(out: Path, run: dict, photos: Iterable[str]) -> None:
-    """Raise a ValueError if a record in the folder of a run is of another run, or of a photo that is not one of these.
+    """Raise a ValueError if a record in the folder of a run is of another run, or of a photo that is not in `photos`.
 
     Last lines that a kill left unfinished are cut off.
     """

@@ -39,13 +39,13 @@ def write_sheet(
     ranked = {method: records for method, records in ranked.items() if records}
     if not ranked:
         raise ValueError("photos: none has both deletion and insertion; a sheet needs them")
-    text, gap, line = 13, 8, 17
-    left = min(2 * side, max(math.ceil(width_of(method, text)) for method in ranked)) + 2 * gap
+    font_size, gap, line = 13, 8, 17
+    left = min(2 * side, max(math.ceil(width_of(method, font_size)) for method in ranked)) + 2 * gap
     right = left + count * (side + gap) + 2 * gap  # the worst begin here
     width = right + count * (side + gap)
     rows = [Image.new("RGB", (width, line + 2 * gap), "white")]
     for x, words in ((left, "best: insertion high, deletion low"), (right, "worst")):
-        write(ImageDraw.Draw(rows[0]), (x, gap), words, text, max_width=count * side)
+        write(ImageDraw.Draw(rows[0]), (x, gap), words, font_size, max_width=count * side)
     for method, records in ranked.items():
         best, worst = records[: min(count, (len(records) + 1) // 2)], records[::-1][: min(count, len(records) // 2)]
         places = [(x + i * (side + gap), r) for x, end in ((left, best), (right, worst)) for i, r in enumerate(end)]
@@ -53,12 +53,12 @@ def write_sheet(
         height = max(tile.height for tile in tiles)
         rows.append(Image.new("RGB", (width, height + 2 * line + 2 * gap), "white"))
         draw = ImageDraw.Draw(rows[-1])
-        write(draw, (gap, height // 2), method, text, anchor="lm", max_width=left - 2 * gap)
+        write(draw, (gap, height // 2), method, font_size, anchor="lm", max_width=left - 2 * gap)
         for (x, record), tile in zip(places, tiles):
             rows[-1].paste(tile, (x, height - tile.height))
             insertion, deletion = _areas(record, method)
             for i, words in enumerate((record["name"], f"ins {insertion:.2f}  del {deletion:.2f}")):
-                write(draw, (x, height + 3 + i * line), words, text, max_width=side)
+                write(draw, (x, height + 3 + i * line), words, font_size, max_width=side)
     page = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
     for row in rows:

@@ -121,12 +121,12 @@ def _words(key: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text for Markdown, on one line: what looks like its marks, or like HTML, stays text."""
+    """Escape text for Markdown, on one line, so that it is read neither as Markdown nor as HTML."""
     return re.sub(r"[\\`*_\[\]<>&|]", r"\\\g<0>", printable(text))
 
 
 def _code(text: str) -> str:
-    """Return text as code of Markdown, on one line, between more backticks than it has in a row."""
+    """Return text as inline code of Markdown, on one line, between more backticks than it has in a row."""
     text = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"

@@ -43,7 +43,7 @@ SLAB = 64
 
 The products are small so that they run on all cores; one large product with a single query would run on one."""
 IMAGENET = "ImageNet2012"
-"""The folder of banks that have no bank.json and hold ImageNet, `memorybank/DINO/ImageNet2012/<model>`."""
+"""Name of the folder in `memorybank/DINO` whose banks `<model>` have no bank.json and hold ImageNet."""
 SPAN = 1 << 22
 """Similarities that are computed before the best are selected (16 MB)."""
 
@@ -318,5 +318,5 @@ class MemoryBank:
 
 
 def _is_imagenet(directory: Path, labels: Tensor) -> bool:
-    """Return whether a bank has 1,000 classes and lies where the paper's banks of ImageNet lie."""
+    """Return whether a bank has 1,000 classes and lies in a folder called `IMAGENET`."""
     return labels.max() == 999 and IMAGENET in Path(os.path.abspath(directory)).parts

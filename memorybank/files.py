@@ -1,4 +1,4 @@
-"""Read the files of a bank, which somebody else may have written, and check them before anything is computed."""
+"""Read the files of a bank, which are not trusted, and check them before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.schema import parse_json
 from models.weights import first_line
 
 TILE = 4096
-"""Rows that become float32 at once."""
+"""Rows that are converted to float32 at a time."""
 IMAGES = {"count": int, "folder": str, "files": ([str], None), "unreadable": {str: str}}
 """Schema of what `bank.json` says of a split."""
 METADATA = {
@@ -148,11 +148,11 @@ NUMPY = [
         (_Array, "numpy._core.multiarray", "_reconstruct"),  # numpy 2
     )
 ]
-"""What a pickled array names, so that no code of numpy runs on what a stranger's pickle says."""
+"""Stand-ins for the types in a pickled array, so that an untrusted pickle runs no code of numpy."""
 
 
 def _read_tensor(path: Path) -> Tensor:
-    """Read a tensor or an array; its content tells the format, whatever the file is called."""
+    """Read a tensor or an array; the content tells the format, not the name of the file."""
     name = shown(path)
     if not os.path.isfile(path):
         raise ValueError(f"bank: there is no file {name}")
@@ -179,7 +179,7 @@ def _read_tensor(path: Path) -> Tensor:
 
 
 def _problem(start: bytes, error: Exception) -> str:
-    """Return what is wrong with a file that begins like this and was not read for this reason."""
+    """Return what is wrong with a file, from its first bytes and the error of reading it."""
     if not start:
         return "is empty; copy or download it again"
     if start.startswith(b"version https://git-lfs"):

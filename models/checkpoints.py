@@ -1,6 +1,6 @@
 """Read a checkpoint, whatever its suffix is, without running code that it may hold.
 
-The format is told by the content of the file: safetensors, or what `torch.save` writes, as a ZIP archive or as a plain
+The content of the file tells the format: safetensors, or what `torch.save` writes, as a ZIP archive or as a plain
 pickle. What training code stores beside the weights (its command line, dates, NumPy scalars) is allowed; `HARMLESS` are
 stand-ins for these types, which keep values at most.
 """
@@ -40,7 +40,7 @@ SIGNATURES = {
     b"\xfd7zXZ": "is compressed by xz; unpack it",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it",
 }
-"""First bytes of files that are often taken for checkpoints, and what to do with them."""
+"""First bytes of files that are often mistaken for checkpoints, and what to do with them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     """The state dict, taken out of its wrappers; the names may still carry prefixes, see `layouts.rename`."""
     metadata: dict[str, str]
-    """Metadata of a safetensors file, else empty. Anybody may have written them: read them by `models.metadata`."""
+    """Metadata of a safetensors file, else empty. They are not trusted: read them by `models.metadata`."""
     sizes: list[tuple[int, int]]
     """Image sizes `(H, W)` that the training code stored beside the weights."""
 
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         ValueError: if the file is missing or damaged, has another format, has no state dict, or holds something that
-            cannot be read without running code. The error says which, and what to do.
+            cannot be read without running code. The error says what to do.
     """
     check_type("checkpoint", path, (str, os.PathLike), "a path")
     path = Path(path)

@@ -18,7 +18,7 @@ MAX_DIGITS = 18
 def find_class(name: str | int, class_names: list[str] | None, num_classes: int) -> int:
     """Return the index of a class.
 
-    A text is a name, or else an index: of the folders 1, 10 and 2, "10" is the second. An integer is always an index.
+    A text is a name, or else an index: with the classes 1, 10 and 2, "10" is the second. An integer is always an index.
 
     Args:
         name: a name or synonym of the class, in which case, "_", "-", the zeros in front of a number and the Unicode
@@ -80,19 +80,19 @@ def _composed(text: str) -> str:
 
 
 def _exact(text: str) -> str:
-    """Return what whole names are compared by: as it is shown, since users copy what they see."""
+    """Return the form in which whole names are compared: as printed, because users copy what they see."""
     return printable(_composed(text))
 
 
 def _plain(text: str) -> str:
-    """Return what all spellings of a name have in common; signs alone are such a name, too."""
+    """Return the form that all spellings of a name share; a name of "_" and "-" alone keeps them."""
     text = _composed(_composed(text).casefold())
     words = text.replace("_", " ").replace("-", " ").split()
     return " ".join(word.lstrip("0") or "0" if word.isdecimal() else word for word in words) or text
 
 
 def _index(text: str) -> int | None:
-    """Return the index that a text is, or None."""
+    """Return a text as an index, or None if it is not an integer."""
     text = text.strip()
     if not re.fullmatch(r"-?[0-9]+", text):
         return None

@@ -23,10 +23,10 @@ FORMATS = (
     "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "ICO", "ICNS", "PSD", "DDS",
     "SGI", "QOI", "PCD", "PCX", "SUN", "XBM", "XPM", "TGA",
 )  # fmt: skip
-"""Raster formats, by names of Pillow; TGA has no signature and comes last. Others run programs (EPS), hold scientific
-data or videos, or cannot be read without a plugin."""
+"""Raster formats, by names of Pillow; TGA has no signature and comes last. Others need another program (EPS),
+hold scientific data or videos, or cannot be read without a plugin."""
 HEIF_EXTENSIONS = {".heic", ".heif", ".hif"}
-"""Extensions of the photos of phones and cameras that need the package pillow-heif."""
+"""Extensions of photos that can only be read with the package pillow-heif."""
 
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _SPECIAL_FILES = {
@@ -74,7 +74,7 @@ def find_images(path: str | Path) -> list[Path]:
 
 
 def walk_images(folder: str | Path, argument: str = "image", without: Collection[Path] = ()) -> list[Path]:
-    """Return the sorted image files of a folder and its sub-folders, also of those that links lead to.
+    """Return the sorted image files of a folder and its sub-folders; links to folders are followed.
 
     No folder is entered twice, and no link is followed to a folder that holds `folder` itself. Hidden files and folders
     are skipped.
@@ -108,7 +108,7 @@ def walk_images(folder: str | Path, argument: str = "image", without: Collection
 def list_folder(folder: Path, argument: str) -> tuple[list[Path], list[Path]]:
     """Return the image files and the folders in a folder, sorted and without hidden ones.
 
-    Links count as what they lead to, special files and broken links as files.
+    Links count as their targets; special files and broken links count as files.
 
     Args:
         folder: the folder.

@@ -1,7 +1,7 @@
-"""Layouts of checkpoints: where training code puts the weights, how it names them, what else it stores.
+"""Layouts of checkpoints: where training code puts the weights, how it names them, and what else it stores.
 
-The names of the model that the weights are for decide which prefix is removed, so that any prefix may stand there and
-`encoder.` stays where it belongs to the model, as in torchvision's ViT.
+The names in the model decide which prefix is removed from those in the file. So any prefix is understood, and
+`encoder.` stays if it belongs to the model, as in torchvision's ViT.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PREFIXES = {
     "student": 2, "student_backbone": 2, "student_model": 2, "momentum_encoder": 2, "momentum_backbone": 2,
     "encoder_k": 2,
 }  # fmt: skip
-"""What often stands before the names of weights, and its rank: if a file has the weights of several, the lowest counts;
-the others are left out. Any other prefix has rank 1."""
+"""Prefixes that are common in names of weights, and their ranks. If a file has weights under several prefixes, those
+of the lowest rank are taken, and the others are left out. Any other prefix has rank 1."""
 INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What `torch.compile`, FSDP and activation checkpointing put into a name, at any place."""
+"""Parts that `torch.compile`, FSDP and activation checkpointing insert anywhere in a name."""
 CHUNK = re.compile(r"(?:^|(?<=\.))blocks\.\d+\.(?=\d+\.)")
 """DINOv2 stores blocks in chunks; the second number counts all blocks."""
 BESIDE = re.compile(
@@ -46,15 +46,15 @@ BESIDE = re.compile(
     | (\w*loss(_fn)? | criterion | (train|val|valid|test)_\w+)\.""",
     re.VERBOSE,
 )
-"""What the file of a backbone carries besides: counters of averages, queues, mask tokens, decoders, text encoders,
-projection heads, predictors, losses and metrics. A key of the model itself is never one of them; neither is a
+"""Entries that are not weights of the backbone: counters of averages, queues, mask tokens, decoders, text encoders,
+projection heads, predictors, losses and metrics. Names in the model itself are never left out; nor is a
 classifier behind a normalisation, `head.0.running_mean`."""
 
 
 def find_weights(content: Any) -> dict[str, Tensor] | None:
-    """Return the state dict in what was saved, out of all of `WRAPPERS`, nested in any order; None if there is none.
+    """Return the state dict in what was saved, under any nesting of `WRAPPERS`; None if there is none.
 
-    Values that are no tensors are left out. A key that is no wrapper counts if it alone holds a state dict.
+    Values other than tensors are left out. Another key counts if it is the only one that holds a state dict.
     """
     waiting, seen, beside = [content], set(), None
     while waiting:
@@ -125,7 +125,7 @@ def rename(state: dict[str, Tensor], own: Mapping[str, Size]) -> dict[str, Tenso
 
 
 def without_extras(state: dict[str, Tensor], own: Mapping[str, Size]) -> dict[str, Tensor]:
-    """Leave out what the file of a backbone carries `BESIDE` the weights of the model."""
+    """Return the weights without entries that match `BESIDE`, except those that the model has."""
     return {key: value for key, value in state.items() if key in own or not BESIDE.match(key)}
 
 
@@ -142,8 +142,8 @@ def _renamed(state: dict[str, Tensor], rename: Callable[[str], str | None]) -> d
 
 
 def _prefix_of_model(state: dict[str, Tensor], own: Mapping[str, Size]) -> str:
-    """Return what stands before most weights of the model; of several prefixes, the one of the lowest rank."""
-    named, fitting = Counter(), Counter()  # with the name, and also with the shape, of a weight of the model
+    """Return the prefix of most weights of the model; of several with similar counts, the one of the lowest rank."""
+    named, fitting = Counter(), Counter()  # weights whose name, and whose name and shape, the model has
     for key, value in state.items():
         for end in [0, *_after_dots(key)]:
             if (name := key[end:]) in own:

@@ -1,4 +1,4 @@
-"""Read the metadata of a checkpoint, which anybody may have written: only known arguments get through."""
+"""Read the metadata of a checkpoint, which are not trusted: only known arguments pass."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def model_args(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the arguments for `timm.create_model` in the metadata of a checkpoint.
 
     Raises:
-        ValueError: if one is unknown, of another type or out of bounds. Nothing that names a file or an address is
-            known.
+        ValueError: if one is unknown, of another type or out of bounds. No known argument names a file or an address.
     """
     source = f"checkpoint: {checkpoint.name}: model_args"
     arguments = parse_json(checkpoint.metadata.get("model_args", "{}"), {}, source)

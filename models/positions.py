@@ -12,7 +12,7 @@ Grid = tuple[int, int]
 
 
 def fit_position_embedding(state: dict[str, Tensor], model: nn.Module, sizes: list[tuple[int, int]]) -> None:
-    """Resample `pos_embed`, in place of the old one, to the patch grid of a timm model, as timm does.
+    """Resample `pos_embed` in `state` to the patch grid of a timm model, as timm does.
 
     Models whose position embedding has another form are left to timm's own conversion.
 

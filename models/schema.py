@@ -1,4 +1,4 @@
-"""Read JSON that somebody else may have written: a value of another type is a one-line error that names its place.
+"""Read JSON that is not trusted; the error for a value of another type is one line and names its place.
 
 A schema is made of Python's own types:
 

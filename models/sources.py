@@ -1,4 +1,4 @@
-"""What every library has to say about a model: `Source`."""
+"""The common form in which every library describes a model: `Source`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
-"""The file that timm prefers to one that torch saved, if the repository has both."""
+"""Pickled files, and the safetensors file that is preferred if the repository has both."""
 MAX_SURPLUS = 50_000_000
 """Weights that a model may have beyond four times those of its checkpoint: position embeddings of larger images."""
 
@@ -114,7 +114,7 @@ def _fitting(
 
 
 def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights as timm converts those of other layouts, or with patches of another size."""
+    """Convert weights of other layouts, or with patches of another size, by timm's own function."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state
@@ -136,7 +136,7 @@ def _source(name: str, model: nn.Module, names: list[str] | None, checkpoint: Pa
 
 
 def _files_on_hub(config: PretrainedCfg) -> tuple[str, str | None, list[str]]:
-    """Return the repository, its revision and the files to look for, the first that exists counts."""
+    """Return the repository, its revision and the files to look for; the first that exists is used."""
     repository, _, revision = config.hf_hub_id.partition("@")
     name = config.hf_hub_filename or "pytorch_model.bin"
     return repository, revision or None, [SAFE_NAMES[name], name] if name in SAFE_NAMES else [name]

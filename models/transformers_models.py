@@ -46,13 +46,13 @@ HF_WEIGHTS = (
 INDEX = {"weight_map": {str: str}}
 """Schema of the index of sharded weights."""
 SETTINGS = {"size": [int], "image_mean": [float], "image_std": [float]}
-"""Schema of what a preprocessor says."""
+"""Schema of the settings of a preprocessor."""
 LARGEST = {
     "num_hidden_layers": 256, "hidden_size": 16_384, "intermediate_size": 131_072, "image_size": 4096,
     "patch_size": 4096, "num_channels": 1024, "num_attention_heads": 1024, "num_labels": 1_000_000, "depths": 256,
     "hidden_sizes": 16_384, "embed_dim": 16_384, "num_register_tokens": 1024,
 }  # fmt: skip
-"""Largest values of numbers, and of numbers in lists, in a configuration; the smallest is 1, of some 0."""
+"""Largest values of numbers, and of numbers in lists, in a configuration; the smallest is 1, or 0 for some."""
 NUMBER = re.compile(r"\.\d+\.")
 """The number of a layer in the name of a weight."""
 MAX_SIDE = 4096
@@ -184,9 +184,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _without_a_place(unexpected: Iterable[str], own: Iterable[str]) -> list[str]:
-    """Return the weights of further layers, and the biases, that a model of these weights would need to be the same.
+    """Return the unexpected weights that change the result: further layers, and biases of layers that the model has.
 
-    Other weights that a model does not have are heads, decoders and mask tokens, which backbones do not need.
+    Other unexpected weights are heads, decoders and mask tokens, which a backbone does not need.
     """
     known = {NUMBER.sub(".N.", key) for key in own}
     kinds = {key: NUMBER.sub(".N.", key) for key in unexpected}
