@@ -19,7 +19,7 @@ from daam_vit.text import printable
 from memorybank import MIN_TEMPERATURE
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
 from models.classes import MAX_DIGITS, MAX_SHOWN, classes_called, is_whole_name
-from models.weights import first_line
+from models.weights import usable_device
 
 MAX_CLASSES = 10
 """Largest number of classes that are explained side by side."""
@@ -207,13 +207,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # the device "meta" has no values
-        return probe.device
-    except Exception as error:  # every backend of torch has its own
-        reason = f"'{printable(name, 40)}' cannot be used: {printable(first_line(error), 200)}"
-        raise ValueError(f"device: {reason}; pass another one") from None
+    return usable_device(name)
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast | nullcontext:

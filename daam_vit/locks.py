@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,7 +31,9 @@ def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        who = "another process"
+        with suppress(OSError):  # it ends in this moment, or begins
+            who = holder.read_text(encoding="utf-8")
         raise ValueError(
             f"{argument}: {what} is running in {shown}, by {who}; wait for it, or pass another folder"
         ) from None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from command_line.options import Parser, find_device, number
 from command_line.terminal import complain, run, say
 from memorybank import MIN_TEMPERATURE, MemoryBank
-from memorybank.build import DTYPES, WORKERS, build
+from memorybank.build import DTYPES, MAX_BATCH_SIZE, MAX_WORKERS, WORKERS, build
 from models import architecture_of, load
 from models.weights import first_line
 
@@ -52,8 +52,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--test", metavar="FOLDER", help="other images of the same classes, for eval")
     add("--out", required=True, metavar="DIR", help="folder of the bank")
     add("--dtype", choices=DTYPES, default="float16", help=f"dtype of the features {shown}")
-    add("--batch-size", type=number(int, 1, 65536), default=64, metavar="N", help=f"images in a batch {shown}")
-    add("--workers", type=number(int, 0, 1024), default=WORKERS, metavar="N",
+    add("--batch-size", type=number(int, 1, MAX_BATCH_SIZE), default=64, metavar="N", help=f"images in a batch {shown}")
+    add("--workers", type=number(int, 0, MAX_WORKERS), default=WORKERS, metavar="N",
         help=f"processes of each rank that read images {shown}")
     add("--device", **device)
     add("--strict", action="store_true", help="stop at an image that cannot be read, instead of leaving it out")

@@ -14,14 +14,11 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -29,15 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from daam_vit.files import atomic_write
-from daam_vit.locks import hold
 from daam_vit.text import printable
 from memorybank.files import shown
+from memorybank.parts import begin, check_plan, clear, exchange, join, share_missing, writing
+from memorybank.ranks import barrier, current_rank, process_group
 from models import LoadedModel, weights_sha256
 from models.images import list_folder, read_image, walk_images
-from models.schema import parse_json
 from models.versions import versions
-from models.weights import first_line
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 """Data types of the stored features."""
@@ -45,10 +40,6 @@ WORKERS = min(4, os.cpu_count() or 1)
 """Default number of processes that decode images."""
 MAX_BATCH_SIZE, MAX_WORKERS = 65_536, 1024
 """Largest number of images in a batch, and of processes that decode them."""
-PLAN = dict.fromkeys(("model", "weights_sha256", "transform", "dtype", "train", "test"), str) | {"batch_size": int}
-"""Schema of `plan.json`, which says what the parts belong to."""
-BANK_FILES = ("bank.json", "testfeat.pth", "testlabels.pth", "trainlabels.pth", "trainfeat.pth")
-"""Files of a bank, in the order in which they are renamed."""
 
 
 def build(
@@ -103,26 +94,27 @@ def build(
         "batch_size": batch_size,
     } | {split: _digest(folders[split], files) for split, files in items.items()}
     parts = out / ".building"
-    with _process_group() as rank, ExitStack() as stack:
+    with process_group() as rank, ExitStack() as stack:
         if rank == 0:
-            _begin(parts, plan, stack)
-        _barrier()
-        _check_plan(parts, plan)
+            begin(parts, plan, stack)
+        barrier()
+        check_plan(parts, plan)
         unreadable, bank = {}, {}
         for split, files in items.items():
             images = [file for file, _ in files]
             batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
-            work = _share_missing(parts, split, batches)
+            work = share_missing(parts, split, batches)
             _extract(loaded, images, work, split, dtype, workers, strict)
-            _barrier()
+            barrier()
             if rank == 0:
-                unreadable[split] = _join(parts, split, files, batches, strict)
+                unreadable[split] = join(parts, split, files, batches, strict)
         if rank == 0:
             bank = _finish(out, parts, plan, loaded, folders, items, unreadable, list(classes))
-        _barrier()
+            with suppress(OSError):  # Windows deletes no open file
+                (parts / ".lock").unlink()  # before the release, so that nobody deletes the lock of the next build
+        barrier()
     if bank:
         with suppress(OSError):  # another build may have begun
-            (parts / ".lock").unlink(missing_ok=True)
             parts.rmdir()
     return bank
 
@@ -159,7 +151,7 @@ def find_classes(folder: str | Path, split: str) -> dict[str, list[Path]]:
     """Return the sorted images of every class, recursively; classes without images and hidden folders are skipped.
 
     Links are followed as in `models.images.walk_images`, but none from a class into another one. A class that is itself
-    a link to another one has the same photos.
+    a link to another class has the same images.
 
     Raises:
         ValueError: if the folder does not exist or cannot be listed, or no sub-folder has an image.
@@ -199,10 +191,10 @@ class _Images(Dataset):
             return i, self.black, str(error).removeprefix("image: ")
 
 
-def _follow(_: int) -> None:
-    """Leave a kill to the first process, which ends its workers; each would print a traceback about the other."""
+def _ignore_sigterm(_: int) -> None:
+    """Ignore SIGTERM in a worker, because the main process ends it; else each prints a traceback about the other."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # of the thread that hands tensors over; errors of images take another way
+    sys.excepthook = lambda *_: None  # only the thread that hands tensors over uses it; errors of images are returned
 
 
 @torch.inference_mode()
@@ -225,9 +217,9 @@ def _extract(
         batch_sampler=list(work.values()),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_follow,
+        worker_init_fn=_ignore_sigterm,
     )
-    rank, ranks = _rank()
+    rank, ranks = current_rank()
     label = split if ranks == 1 else f"{split}, rank {rank} of {ranks}"
     with tqdm(total=total, desc=label, unit="img", disable=rank > 0 or not total) as bar:
         for part, (index, batch, reasons) in zip(work, loader):
@@ -245,140 +237,14 @@ def _extract(
                     what = "not finite; check the weights for NaN" if norm else "zero; check the weights"
                     raise ValueError(f"model: the feature of {shown(files[i])} is {what}")
             features = F.normalize(features, dim=1).to(DTYPES[dtype]).cpu()
-            with _writing(part) as temporary:
+            with writing(part) as temporary:
                 torch.save({"features": features, "unreadable": unreadable}, temporary)
             bar.update(len(index))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts
+# The bank
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _begin(parts: Path, plan: dict, stack: ExitStack) -> None:
-    """Lock the folder of the parts, delete what a killed build has left, and write the plan if the build is new."""
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(hold(parts, "out", "another build"))
-    except OSError as error:
-        raise ValueError(
-            f"out: {shown(parts)} cannot be written: {_reason(error)}; make room, or pass another folder"
-        ) from error
-    _discard(parts, ".*.part")
-    if not (parts / "plan.json").is_file():  # a build was killed during its clean-up, or this one is new
-        _clear(parts)
-        with _writing(parts / "plan.json") as part:
-            part.write_text(json.dumps(plan), encoding="utf-8")
-
-
-def _discard(folder: Path, *patterns: str) -> None:
-    """Delete the files of a folder that fit one of the patterns; files of others stay."""
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            file.unlink()
-
-
-def _clear(parts: Path) -> None:
-    """Delete all that a build stores beside its lock, the plan first, because parts without a plan are discarded."""
-    (parts / "plan.json").unlink(missing_ok=True)
-    _discard(parts, "train-*.pt", "test-*.pt", *BANK_FILES, *(f"old/{name}" for name in BANK_FILES))
-    with suppress(OSError):
-        (parts / "old").rmdir()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, as `atomic_write`; a disk that is full or broken is one line."""
-    try:
-        with atomic_write(path) as part:
-            yield part
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"out: {shown(path)} cannot be written: {_reason(error)}; make room and repeat the command, which continues"
-        ) from error
-
-
-def _reason(error: OSError | RuntimeError) -> str:
-    """Return in a few words why a file cannot be written."""
-    if isinstance(error, RuntimeError):  # torch does not say why
-        return "the disk may be full"
-    return error.strerror or first_line(error)
-
-
-def _check_plan(parts: Path, plan: dict) -> None:
-    """Raise a ValueError unless this rank has the images and settings of the build that the parts belong to."""
-    file = parts / "plan.json"
-    try:
-        theirs = parse_json(file.read_bytes(), PLAN, f"out: {shown(file)}")
-    except FileNotFoundError:
-        raise ValueError(
-            f"out: there is no folder {shown(parts)}; all machines must share the folder of the bank"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{error}; delete the folder {parts.name}") from None
-    different = [printable(key, 40) for key in plan | theirs if plan.get(key) != theirs.get(key)]
-    if different:
-        raise ValueError(
-            f"out: {shown(parts)} holds an unfinished build with another {', '.join(different)}; "
-            f"delete that folder, or pass another one"
-        )
-
-
-def _part(parts: Path, split: str, batch: int) -> Path:
-    return parts / f"{split}-{batch:06d}.pt"
-
-
-def _share_missing(parts: Path, split: str, batches: list[range]) -> dict[Path, range]:
-    """Return the missing parts of a split that this rank has to write, and the images of each."""
-    missing = _broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
-    rank, ranks = _rank()
-    if rank == 0 and 0 < len(missing) < len(batches):
-        total = sum(map(len, batches))
-        done = total - sum(len(batches[n]) for n in missing)
-        tqdm.write(f"{split}: resuming after {done} of {total} images", file=sys.stderr)
-    return {_part(parts, split, n): batches[n] for n in missing[rank::ranks]}
-
-
-def _join(parts: Path, split: str, files: list[tuple[Path, int]], batches: list[range], strict: bool) -> dict[int, str]:
-    """Join the parts of a split to two files in the same folder; return the images that cannot be read."""
-    unreadable: dict[int, str] = {}
-    features, kept, with_gaps = torch.empty(0), 0, []
-    for n, batch in enumerate(batches):
-        path = _part(parts, split, n)
-        rows, missing = _read_part(path, len(batch))
-        if missing:
-            unreadable |= missing
-            with_gaps.append(path)
-            rows = rows[[i not in missing for i in batch]]
-        if n == 0:
-            features = rows.new_empty(len(files), rows.shape[1])
-        features[kept : kept + len(rows)] = rows
-        kept += len(rows)
-    if unreadable and (strict or not kept):
-        for path in with_gaps:  # so that the next build reads these images again
-            path.unlink()
-        reason = next(iter(unreadable.values()))
-        raise ValueError(
-            f"{split}: {reason}" if kept else f"{split}: none of the {len(files)} images can be read: {reason}"
-        )
-    labels = torch.tensor([label for i, (_, label) in enumerate(files) if i not in unreadable])
-    for name, tensor in (("feat", features[:kept].clone() if unreadable else features), ("labels", labels)):
-        with _writing(parts / f"{split}{name}.pth") as part, open(part, "wb") as file:
-            torch.save(tensor, file)
-    return unreadable
-
-
-def _read_part(path: Path, count: int) -> tuple[Tensor, dict[int, str]]:
-    """Return the features of a part, one row for each of its images, and the images that cannot be read."""
-    try:
-        part = torch.load(path, weights_only=True)
-        features, unreadable = part["features"], dict(part["unreadable"])
-        if features.ndim != 2 or len(features) != count:
-            raise ValueError(f"expected {count} rows, got a shape of {tuple(features.shape)}")
-    except Exception as error:  # after a power cut a file may be renamed, but empty
-        path.unlink(missing_ok=True)
-        raise ValueError(f"out: {shown(path)} was damaged and has been deleted; run the same command again") from error
-    return features, unreadable
 
 
 def _finish(
@@ -411,34 +277,11 @@ def _finish(
             "files": [_relative(f, folder) for i, (f, _) in enumerate(files) if i not in unreadable[split]],
             "unreadable": {_relative(files[i][0], folder): reason for i, reason in unreadable[split].items()},
         }
-    with _writing(parts / "bank.json") as part:
+    with writing(parts / "bank.json") as part:
         part.write_text(json.dumps(bank, indent=1) + "\n", encoding="utf-8")  # ASCII, for file names in any encoding
-    _exchange(out, parts)
-    _clear(parts)
+    exchange(out, parts)
+    clear(parts)
     return bank
-
-
-def _exchange(out: Path, parts: Path) -> None:
-    """Move the older bank away and the new one in; undo it if that fails. No two banks are ever side by side."""
-    old = parts / "old"
-    moved = []
-    try:
-        old.mkdir(exist_ok=True)
-        for source, target in (
-            *((out / name, old / name) for name in reversed(BANK_FILES)),
-            *((parts / name, out / name) for name in BANK_FILES),
-        ):
-            if source.is_file():
-                os.replace(source, target)
-                moved.append((source, target))
-    except BaseException as error:
-        for source, target in reversed(moved):
-            target.rename(source)
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"out: {shown(out)} cannot be written: {_reason(error)}; repeat the command, which continues"
-            ) from error
-        raise
 
 
 def _digest(folder: Path, files: list[tuple[Path, int]]) -> str:
@@ -456,40 +299,3 @@ def _digest(folder: Path, files: list[tuple[Path, int]]) -> str:
 
 def _relative(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _process_group() -> Iterator[int]:
-    """Yield the rank, within the process group that `torchrun` describes in the environment."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # only lists are sent; a rank may wait for hours
-    try:
-        yield _rank()[0]
-    finally:
-        if several:
-            dist.destroy_process_group()
-
-
-def _rank() -> tuple[int, int]:
-    """Return the rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _broadcast(value: list) -> list:
-    """Return the value of the first rank."""
-    if dist.is_initialized():
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-    return value

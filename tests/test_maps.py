@@ -100,8 +100,8 @@ def test_importance_of_the_nearest_neighbours(k, temperature):
 
 
 def test_importance_of_a_constant_agreement_is_one():
-    bank = torch.eye(4)[:1]
-    feature = torch.zeros(1, 4)
+    bank = torch.full((1, 4), 0.5)
+    feature = torch.full((1, 4), 3.0)
     assert torch.equal(neighbour_importance(feature, bank, torch.zeros(1, dtype=torch.int64), 1), torch.ones(1, 4))
 
 
