@@ -113,12 +113,6 @@ def drawable(text: str) -> bool:
     return not _best_face(frozenset(_visible(text))).missing
 
 
-def font_for(text: str, size: float) -> Font | None:
-    """Return a font that has all characters of a text, preferably Pillow's own; None if there is none."""
-    face, missing = _best_face(frozenset(_visible(text)))
-    return None if missing else _sized(face, size)
-
-
 def matplotlib_text(text: str) -> tuple[str, list[str]]:
     """Return a text as matplotlib can draw it, and its `fontfamily`; pass `parse_math=False` as well."""
     words, _ = fit(text, 10)

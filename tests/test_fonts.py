@@ -46,7 +46,7 @@ def drawn(text, size=20, **more):
 
 
 def family(text):
-    return fonts.font_for(text, 20).getname()[0]
+    return fonts.fit(text, 20)[1].getname()[0]
 
 
 @pytest.mark.parametrize("text", ["tench 0.93", "a/b (c): 1 %", "cut…", "«so»", ""])
@@ -104,7 +104,7 @@ def test_a_value_stands_after_its_name(only_matplotlib, name):
 @pytest.mark.parametrize("text", ["قطة", "חתול", "हिन्दी", "แมว", "x\u0304"])
 def test_a_script_that_cannot_be_shaped(fresh, monkeypatch, text):
     monkeypatch.setattr(fonts, "_shapes", lambda: False)
-    assert not fonts.drawable(text) and fonts.font_for(text, 20) is None
+    assert not fonts.drawable(text)
     assert "?" in fonts.fit(text, 20)[0]
 
 
@@ -126,7 +126,6 @@ def test_a_script_that_cannot_be_shaped(fresh, monkeypatch, text):
 def test_what_no_font_has_is_a_question_mark(only_pillow, text, shown):
     assert fonts.fit(text, 20)[0] == shown
     assert fonts.drawable(text) == ("?" not in shown)
-    assert (fonts.font_for(text, 20) is None) == ("?" in shown)
     assert np.array_equal(drawn(text), drawn(shown))
 
 
