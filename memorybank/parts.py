@@ -41,6 +41,7 @@ def begin(parts: Path, plan: dict, stack: ExitStack) -> None:
             f"out: {shown(parts)} cannot be written: {_reason(error)}; make room, or pass another folder"
         ) from error
     _discard(parts, ".*.part")
+    _undo_exchange(parts.parent, parts)
     if not (parts / "plan.json").is_file():  # a build was killed during its clean-up, or this one is new
         clear(parts)
         with writing(parts / "plan.json") as part:
@@ -178,3 +179,17 @@ def exchange(out: Path, parts: Path) -> None:
                 f"out: {shown(out)} cannot be written: {_reason(error)}; repeat the command, which continues"
             ) from error
         raise
+
+
+def _undo_exchange(out: Path, parts: Path) -> None:
+    """Put the older bank back if a kill interrupted `exchange`, so that no other build can delete it."""
+    old = parts / "old"
+    if (out / "trainfeat.pth").is_file() or not (old / "trainfeat.pth").is_file():
+        return
+    new_files_moved = not (parts / "bank.json").is_file()
+    for source, target in (
+        *(((out / name, parts / name) for name in reversed(BANK_FILES)) if new_files_moved else ()),
+        *((old / name, out / name) for name in BANK_FILES),
+    ):
+        if source.is_file():
+            os.replace(source, target)

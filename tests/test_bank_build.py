@@ -307,13 +307,21 @@ def test_a_build_may_be_killed_at_every_step_of_its_end(built, checkpoint, photo
         else:
             assert step > 14
     if step <= 7:
-        shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns(".building"))
-        assert contents(tmp_path / "copy", "trainfeat.pth", "trainlabels.pth", "bank.json") == older
+        assert beside_the_parts(out, tmp_path / "copy") == older
     elif step <= 14:
         with pytest.raises(ValueError, match="there is no file .*trainfeat.pth"):
             MemoryBank.load(out)
+    if 8 <= step <= 13:  # no other build loses the older bank
+        with pytest.raises(ValueError, match="holds an unfinished build with another dtype"):
+            build(loaded, photos / "train", out, dtype="float32", **settings)
+        assert beside_the_parts(out, tmp_path / "copy") == older
     build(loaded, photos / "train", out, **settings)
     assert contents(out) == contents(built[0])
+
+
+def beside_the_parts(out, copy):
+    shutil.copytree(out, copy, ignore=shutil.ignore_patterns(".building"))
+    return contents(copy, "trainfeat.pth", "trainlabels.pth", "bank.json")
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
