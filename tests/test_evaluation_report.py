@@ -225,7 +225,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_plain(tmp_path):
-    """Of the folder, the model and the classes: they are written on one line, and no mark of Markdown begins."""
+    """Names of the folder, the model and the classes stay on one line, and no mark of Markdown begins in them."""
     run = write_run(tmp_path, [record | {"name": "\udcff|\n</script>"} for record in make_photos(2)])
     odd = {"images": "a`b``\n# c|\udcff</script>", "model": "`"}
     (tmp_path / "run.json").write_text(json.dumps(run | odd))
