@@ -18,6 +18,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from daam_core import AttentionFlow
 from daam_vit.fonts import drawable
+from daam_vit.locks import give_back
 from daam_vit.text import printable
 from models.schema import parse_json
 
@@ -148,7 +149,7 @@ def own_folder(folder: Path, manifest: dict) -> Iterator[Path]:
         if new and lock and not (own / "flow.json").exists():
             shutil.rmtree(own, ignore_errors=True)
         if lock:
-            _give_back(lock)
+            give_back(lock)
         elif new:  # a signal came before the folder was held
             with suppress(OSError):
                 own.rmdir()
@@ -166,14 +167,8 @@ def _take(folder: Path, subject: str) -> BaseFileLock | None:
         return None
     if _is_free(folder, subject):  # another process may have finished its result in the meantime
         return lock
-    _give_back(lock)
+    give_back(lock)
     return None
-
-
-def _give_back(lock: BaseFileLock) -> None:
-    with suppress(OSError):  # Windows deletes no open file
-        os.unlink(lock.lock_file)  # before the release, so that nobody deletes the lock of the next one
-    lock.release()
 
 
 def _is_free(folder: Path, subject: str) -> bool:

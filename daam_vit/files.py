@@ -32,6 +32,7 @@ from daam_vit.arguments import (
 )
 from daam_vit.drawing import block_labels, contact_sheet, map_in_threads, overlay, quantize, render, side_by_side
 from daam_vit.inputs import check_tensor
+from daam_vit.locks import give_back
 from daam_vit.text import printable
 
 MAX_DURATION = 655_350
@@ -319,9 +320,7 @@ def _hold_while_moving(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows deletes it on release
-            os.unlink(lock.lock_file)  # before the release, so that nobody deletes the lock of the next one
-        lock.release()
+        give_back(lock)
 
 
 def _delete_abandoned(folder: Path) -> None:

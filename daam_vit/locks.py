@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from daam_vit.text import printable
 
@@ -46,3 +46,10 @@ def hold(folder: Path, argument: str, what: str) -> Iterator[None]:
             yield
         finally:
             holder.unlink(missing_ok=True)
+
+
+def give_back(lock: BaseFileLock) -> None:
+    """Delete the file of a lock and release it."""
+    with suppress(OSError):  # Windows deletes no open file
+        os.unlink(lock.lock_file)  # before the release, so that nobody deletes the lock of the next one
+    lock.release()
