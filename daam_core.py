@@ -23,6 +23,11 @@ width d, C = H * d channels, N tokens, patch grid h x w; f is a feature of width
     (7)  p = mean of f * z over the neighbours z of the predicted class      (B, D)
     (8)  importance = (p - min p) / (max p - min p)                          (B, D)
 
+The relevance flow (`variant="relevance"`), which is not in the paper, is that of the tokens x_b that enter block b, by
+the backward rules of `daam_vit.relevance`, for the log-odds Y of the class:
+
+    (9)  R_b[j] = x_b[j] . dY / dx_b[j]                (B, h, w)    signed, and accumulated as in (6)
+
 This file is the method. `daam_vit` is its machinery: it knows the attention layers of a model, records them while the
 model runs, skips what cannot affect the result, checks the run, and draws. docs/method.md says why it is exact.
 """
@@ -74,11 +79,13 @@ from daam_vit.libraries import (
 )
 from daam_vit.plan import AttentionLayer, Plan
 from daam_vit.plots import evolution_picture
+from daam_vit.relevance import Relevance
 from daam_vit.shortcuts import ShortcutRecorder
 from daam_vit.unknown import AnyAttentionRecorder, check_unverified, plan_of_run
 
 __all__ = [
     "AttentionFlow",
+    "SCORES",
     "UnsupportedModel",
     "VARIANTS",
     "accumulate",
@@ -97,10 +104,12 @@ __all__ = [
     "render",
     "save_flow",
     "save_gif",
+    "score_gradient",
     "side_by_side",
 ]
 
-VARIANTS = ("paper", "signed", "heads")
+VARIANTS = ("paper", "signed", "heads", "relevance")
+SCORES = ("logit", "log_odds")
 """See `attention_flow`."""
 
 
@@ -139,6 +148,26 @@ def all_rows_map(
     """Weight all rows of A at once, which is not in the paper: L_b[j] = ReLU(V[j] . (A^T w(C))[j]), `(B, N)`."""
     wC_S = (V * A.vjp(w(C))).sum(3)  # (B, H, N)
     return (wC_S.relu() if heads else wC_S).sum(1).relu()  # (B, N)
+
+
+def score_gradient(scores: Tensor, classes: Tensor, score: str = "logit") -> Tensor:
+    """Return dY of a class score Y.
+
+    Args:
+        scores: z `(B, num_classes)`, the logits.
+        classes: c `(B,)` or `(B, K)` int64.
+        score: "logit", Y = z_c; or "log_odds", Y = log p_c - log(1 - p_c) = z_c - log(sum over the others of exp z_k)
+            with p = softmax z. The logit of a single class is its log-odds.
+
+    Returns:
+        `(B, num_classes)` or `(B, K, num_classes)` float32.
+    """
+    check_choice("score", score, SCORES)
+    one_hot = F.one_hot(classes, scores.shape[1]).float()  # (B, num_classes) or (B, K, num_classes)
+    if score == "logit" or scores.shape[1] == 1:
+        return one_hot
+    z = scores.float().view(len(scores), *[1] * (classes.ndim - 1), -1)  # (B, 1, num_classes) if K are explained
+    return one_hot - z.masked_fill(one_hot > 0, -torch.inf).softmax(-1)
 
 
 def accumulate(block_maps: Tensor, norm: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -230,7 +259,8 @@ class AttentionFlow:
     """
 
     block_maps: Tensor
-    """`(B, L, h, w)` float32: L_b of every block, never negative, as computed (also with `norm=True`)."""
+    """`(B, L, h, w)` float32: L_b of every block, as computed (also with `norm=True`). Never negative, except in
+    `variant="relevance"`, whose R_b are signed."""
     accumulated: Tensor
     """`(B, L, h, w)` float32: A_b, the running sum over blocks; the last one is the final explanation."""
     output: Tensor
@@ -245,6 +275,11 @@ class AttentionFlow:
     """Keys before the patches in the first attention that is decomposed."""
     variant: str = "paper"
     """As passed."""
+    score: str | None = "logit"
+    """What Y is, "logit" or "log_odds"; None if `importance` was passed."""
+    class_share: Tensor | None = None
+    """`(B, L)`, 0..1, for `variant="relevance"` only: the share of all |R_b[j]| that the class token itself holds when
+    block b begins; at 0, all evidence is still in the patches. None if the score reads no class token."""
 
 
 def attention_flow(
@@ -257,6 +292,7 @@ def attention_flow(
     memory: str = "auto",
     variant: str = "paper",
     shortcuts: bool = True,
+    score: str | None = None,
 ) -> AttentionFlow:
     """Decompose the class token in every block of a Vision Transformer, weight the maps and accumulate them.
 
@@ -287,8 +323,15 @@ def attention_flow(
             and takes ReLU head by head, L_b[j] = sum_h ReLU(sum_d C_b[h, d] S_b[j, h, d]). The latter is the row of the
             class token in the gradient-weighted attention of Chefer, Gur, Wolf 2021 (https://arxiv.org/abs/2103.15679,
             Eq. 5), times the number of heads, since C_b[h] . V_b[j, h] is the gradient with respect to a_b[h, j].
+            "relevance" is the relevance flow: by the rules of AttnLRP (Achtibat et al. 2024,
+            https://arxiv.org/abs/2402.05602), the map of a block is R_b[j] = x_b[j] . dY/dx_b[j], what the score has
+            still to read from patch j when block b begins. It is signed: negative evidence counts. `rows` decides
+            which models are taken; `importance` has to be the gradient of a score, as `MemoryBank.log_odds` returns it.
         shortcuts: False computes everything the plain way, for all tokens: the same maps up to rounding, at a higher
             cost. For comparison; it needs `memory` "auto" or "fast".
+        score: Y for a class c with the probability p_c: "logit", its score, as in the paper; "log_odds",
+            log p_c - log(1 - p_c), which sets it against all other classes. None: "log_odds" for the relevance flow,
+            "logit" otherwise.
 
     Returns:
         An `AttentionFlow`, one map per block for every image. In models with patch grids of several sizes every map is
@@ -296,13 +339,19 @@ def attention_flow(
 
     Raises:
         UnsupportedModel: a `ValueError`, if the score reads other tokens than the class token (or the queries of the
-            family: distillation token, attention pool), or the attention cannot be seen.
+            family: distillation token, attention pool), or the attention cannot be seen; for `variant="relevance"` also
+            if a block does not get its tokens as one tensor, or a function of the model has no rule.
         ValueError: if `images` have the wrong rank, size, channels or dtype, a class is out of range, `importance`
             does not fit the features, or the output is not finite. Always one line that names the argument first.
         TypeError: if `model`, `images` or `importance` has the wrong type; also one line.
     """
     model = unwrap(model)
     check_choice("variant", variant, VARIANTS)
+    if importance is not None and score is not None:
+        raise ValueError("score: cannot be chosen together with importance, the gradient of a score; drop one of them")
+    if importance is None:
+        score = score or ("log_odds" if variant == "relevance" else "logit")
+        check_choice("score", score, SCORES)
     check_choice("memory", memory, ("auto", "fast", "low"))
     check_choice("norm", norm, (True, False))
     check_choice("shortcuts", shortcuts, (True, False))
@@ -311,6 +360,11 @@ def attention_flow(
     if importance is not None and target is not None:
         raise ValueError("target: cannot be explained together with importance; pass one of the two")
     plan = plan_of(model, images, rows)  # None: no known family; the run has to show what the model does
+    if plan is None and variant == "relevance":
+        raise UnsupportedModel(
+            f"variant: 'relevance' needs the blocks of the model, and {type(model).__name__} is of no known family; "
+            f"use another variant"
+        )
     if importance is None and num_classes(model) == 0:
         raise ValueError("importance: the model has no classifier; pass the importance of its features")
     parameter = reference_parameter(model)
@@ -320,6 +374,8 @@ def attention_flow(
 
     maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant == "heads")
     recorder = _recorder(plan, maps.on_gradient, memory, shortcuts)
+    relevance = Relevance(model, plan, recorder.leaves) if plan is not None and variant == "relevance" else None
+    recorder.rules = relevance
     with recorder.attached(model):
         Y = recorder.run(scores if importance is None else pre_logits, model, images)  # (B, num_classes) or (B, D)
         plan = plan or plan_of_run(model, images, recorder)
@@ -328,24 +384,29 @@ def attention_flow(
             check_unverified(model, first_image(images), plan.unverified)
         if importance is None:
             indices = class_indices(target, Y.detach())  # (B,) or (B, K)
-            dY = F.one_hot(indices, Y.shape[1]).to(Y)  # (B, num_classes) or (B, K, num_classes)
+            dY = score_gradient(Y.detach(), indices, score or "logit").to(Y)  # (B, num_classes) or (B, K, num_classes)
         else:
             indices, dY = None, importance_weights(importance, Y.detach())  # (B, D) or (B, K, D)
         grad_outputs = dY.unbind(1) if dY.ndim == 3 else (dY,)  # K times (B, num_classes) or (B, D)
         maps.last, maps.scale = recorder.calls[-1], 128 if Y.dtype == torch.float16 else 1
         for k, grad_output in enumerate(grad_outputs, 1):
             grad_output, retain_graph = maps.scale * grad_output, k < len(grad_outputs)
+            if relevance is not None:
+                relevance.expect_gradient(maps.scale)
             torch.autograd.grad(Y, recorder.leaves, grad_output, retain_graph, allow_unused=True)  # C_b: Eq. 4
             check_backward(model, recorder.calls, maps.of_layer, maps.errors, k)
             if rows == "class":
                 check_queries(model, maps.read, maps.last.layer, all_rows_hint(model))
 
-    block_maps = maps.of_steps(plan)  # (B, K, L, h, w)
+    block_maps = maps.of_steps(plan) if relevance is None else relevance.of_steps(plan)  # (B, K, L, h, w)
     block_maps = block_maps if dY.ndim == 3 else block_maps.squeeze(1)  # (B, L, h, w)
+    class_share = None if relevance is None else relevance.class_share(plan)  # (B, K, L)
+    class_share = class_share if class_share is None or dY.ndim == 3 else class_share.squeeze(1)  # (B, L)
     accumulated = accumulate(block_maps, norm, plan.valid_cells(images) if norm else None)  # Eq. 6
     return AttentionFlow(
-        block_maps, accumulated, Y.detach(), indices, rows, plan.decomposed, plan.steps[0][0].prefix, variant
-    )
+        block_maps, accumulated, Y.detach(), indices, rows, plan.decomposed, plan.steps[0][0].prefix, variant,
+        score, class_share,
+    )  # fmt: skip
 
 
 class _LayerMaps:

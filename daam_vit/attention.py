@@ -14,7 +14,7 @@ so they cost no memory: the graph keeps q, k and v anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -77,6 +77,8 @@ class AttentionRecorder(TorchFunctionMode):
         """Record these layers; see `OnGradient` and `OnOutput`."""
         super().__init__()
         self.layers, self.on_gradient, self.on_output = layers, on_gradient, on_output
+        self.rules: TorchFunctionMode | None = None
+        """Sees every torch function after this recorder, in the form in which it is computed."""
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
         """Every T at which the graph begins."""
@@ -104,8 +106,14 @@ class AttentionRecorder(TorchFunctionMode):
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Call a function that runs the attached model, and record its attention."""
-        with self.hooks_of(self.layers), self:
+        with self.recording(self.layers):
             return forward(*args)
+
+    @contextmanager
+    def recording(self, layers: Iterable[AttentionLayer]) -> Iterator[None]:
+        """See the torch functions in the current thread, and know when the modules of these layers run."""
+        with self.rules or nullcontext(), self.hooks_of(layers), self:
+            yield
 
     def hooks_of(self, layers: Iterable[AttentionLayer]) -> AbstractContextManager[None]:
         """Return the context in which it knows when the modules of these layers run in the current thread."""
@@ -162,7 +170,7 @@ class AttentionRecorder(TorchFunctionMode):
         """Compute T = A V with `func(**named)`, record the call and hand T on."""
         assert self.layer is not None
         T = func(**named)  # (B, H, M, d)
-        if not self.calls or not T.requires_grad:
+        if not T.requires_grad or not (self.calls or self.rules):
             T = T.detach().requires_grad_()
             self.leaves.append(T)
         tensors = {name: x.detach() for name, x in named.items() if isinstance(x, Tensor)}
@@ -173,32 +181,33 @@ class AttentionRecorder(TorchFunctionMode):
         self.calls.append(call)
         if self.on_output is not None:
             self.on_output(call, T)
-        matrix = partial(_from_saved, matrix_of, tuple(tensors), options)
-        return _Observe.apply(T, partial(self.on_gradient, call), matrix, *tensors.values())
+        names = tuple(tensors)
+
+        def on_gradient(gradient: Tensor, *saved: Tensor) -> None:
+            self.on_gradient(call, matrix_of(**dict(zip(names, saved)), **options), gradient)
+
+        return observe(T, on_gradient, *tensors.values())
+
+
+def observe(x: Tensor, on_gradient: Callable[..., None], *tensors: Tensor) -> Tensor:
+    """Return x; its gradient will be passed to `on_gradient`, with these tensors, which are saved as autograd saves."""
+    return _Observe.apply(x, on_gradient, *tensors)
 
 
 class _Observe(torch.autograd.Function):
-    """The identity on T; its backward hands on dY/dT and the attention matrix of the tensors that it saved."""
-
     @staticmethod
-    def forward(ctx: Any, T: Tensor, on_gradient: Callable, matrix: Callable, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, on_gradient: Callable[..., None], *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.on_gradient, ctx.matrix = on_gradient, matrix
+        ctx.on_gradient = on_gradient
         ctx.save_for_backward(*tensors)
-        return T.detach()  # no view: the model may change it in place
+        return x.detach()  # no view: the model may change it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         if gradient is not None:
-            ctx.on_gradient(ctx.matrix(*ctx.saved_tensors), gradient)
+            ctx.on_gradient(gradient, *ctx.saved_tensors)
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
-def _from_saved(
-    matrix_of: Callable[..., AttentionMatrix], names: tuple[str, ...], options: dict[str, Any], *tensors: Tensor
-) -> AttentionMatrix:
-    return matrix_of(**dict(zip(names, tensors)), **options)
 
 
 def _without_weights(argument: Any) -> Any:

@@ -62,7 +62,7 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
         steps = [[replace(layer, queries=None) for layer in step] for step in steps]
         plan = Plan(steps, f"all tokens, rows='patches', {len(steps)} blocks")
     elif plan.pool:
-        plan = Plan([[plan.pool]], "attention pool, 1 map")
+        plan = Plan([[plan.pool]], "attention pool, 1 map", plan.pool)
     one_branch = not all_rows and all(len(step) == 1 for step in (plan.steps[0], plan.steps[-1]))
     last = plan.steps[-1][0] if one_branch and family not in WHOLE_LAST_BLOCK else None
     return replace(plan, last=last, unverified=unverified)

@@ -38,11 +38,14 @@ class AttentionLayer:
             empty = patches.new_zeros(len(patches), math.prod(self.grid))
             return empty.scatter_add(1, self.cells, patches).unflatten(1, size)
         grid = patches.unflatten(1, self.grid)  # (B, h, w)
-        if self.grid == size:
-            return grid
-        stretched = F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        total = stretched.sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return stretched * (grid.sum((1, 2), keepdim=True) / total)
+        return grid if self.grid == size else _stretch(grid.relu(), size) - _stretch(grid.neg().relu(), size)
+
+
+def _stretch(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Stretch `(B, h, w)`, not negative, and keep the sum."""
+    stretched = F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    total = stretched.sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return stretched * (grid.sum((1, 2), keepdim=True) / total)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class ShortcutRecorder(AttentionRecorder):
         if is_last:
             self.after_last = rows, tokens
             return F.pad(T, (0, 0, 0, tokens - rows))
-        if len(self.calls) == 1 and self.last is not None and rows < tokens:
+        if len(self.calls) == 1 and self.last is not None and rows < tokens and self.rules is None:
             self.after_first = rows, tokens
         return T
 
@@ -332,9 +332,8 @@ class _SecondPass:
         recorder.layer, recorder.after_first, recorder.recomputed = self.layer, self.after_first, self.block
         self.outputs.replayed = iter(self.outputs.kept)
         self.contexts = ExitStack()
-        self.contexts.enter_context(recorder.hooks_of(layers))
         self.contexts.enter_context(self.outputs)
-        self.contexts.enter_context(recorder)
+        self.contexts.enter_context(recorder.recording(layers))
 
     def __exit__(self, *exception: Any) -> None:
         self.contexts.close()

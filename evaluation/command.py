@@ -229,7 +229,7 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     seed = photo_seed(name, options.seed)
     with precision(image.device, options.dtype):
         curves = removal_curves(decision, image, target, every, options.steps, options.baselines, seed)
-    masked = masked_photo(decision, image, target, every, probability)
+        masked = masked_photo(decision, image, target, every, probability)
     rows = []
     for m, heat in enumerate(every):
         found = {metric: area(curve[m]).item() for metric, curve in curves.items()}

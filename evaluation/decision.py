@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from command_line.results import short
-from daam_core import features
+from daam_core import features, score_gradient
 from daam_vit.libraries import scores
 from memorybank import MemoryBank, Vote
 from models import LoadedModel
@@ -68,6 +68,14 @@ class Decision:
         if not (vote.labels == classes.unsqueeze(1)).any(1).all():
             vote = self._vote(outputs.float(), self.target_k)
         return self.bank.importance_of(outputs, vote, classes).to(outputs, copy=True)  # not an inference tensor
+
+    def log_odds(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the gradient to send back from the outputs for the log-odds of `classes`; as `grad_outputs`."""
+        with torch.no_grad():
+            outputs = torch.cat([self.outputs(part) for part in images.split(BATCH)])
+        if self.bank is None:
+            return score_gradient(outputs, classes, "log_odds").to(images)
+        return self.bank.log_odds(outputs, temperature=self.temperature, target=classes).to(outputs, copy=True)
 
     def second(self, images: Tensor, classes: Tensor) -> Tensor | None:
         """Return the most probable class other than `classes`, `(B,)`; None if an image has no other class.

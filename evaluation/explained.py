@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -79,12 +79,18 @@ class Explained:
     """Names of the photos, for the random maps."""
     seed: int = 0
     """Seed of the random maps."""
+    score: str = "logit"
+    """Score of the classes: "logit", or without a classifier what the paper has in its place; or "log_odds"."""
     grad_outputs: Tensor | None = None
-    """`Decision.grad_outputs`, computed by default: the score of every image is `(outputs * grad_outputs).sum(1)`."""
+    """Gradient of the score, computed by default: the score of every image is `(outputs * grad_outputs).sum(1)`."""
+    log_odds_outputs: Tensor | None = None
+    """The same for the log-odds, `Decision.log_odds`."""
 
     def __post_init__(self):
         if self.grad_outputs is None:
             self.grad_outputs = self.decision.grad_outputs(self.images, self.classes)
+        if self.log_odds_outputs is None:
+            self.log_odds_outputs = self.decision.log_odds(self.images, self.classes)
 
     @property
     def model(self) -> nn.Module:
@@ -93,8 +99,19 @@ class Explained:
 
     def flow_of(self, variant: str) -> AttentionFlow:
         """Return the attention flow of a variant of `attention_flow`."""
-        what = {"target": self.classes} if self.decision.bank is None else {"importance": self.grad_outputs}
-        return attention_flow(self.model, self.images, **what, variant=variant)
+        if self.decision.bank is None:
+            return attention_flow(self.model, self.images, self.classes, variant=variant, score=self.score)
+        return attention_flow(self.model, self.images, importance=self.grad_outputs, variant=variant)
+
+    @cached_property
+    def by_log_odds(self) -> Explained:
+        """The same photos and classes, with their log-odds as the score."""
+        return replace(self, score="log_odds", grad_outputs=self.log_odds_outputs)
+
+    @cached_property
+    def relevance(self) -> AttentionFlow:
+        """The relevance flow, of the log-odds."""
+        return self.by_log_odds.flow_of("relevance")
 
     @cached_property
     def flow(self) -> AttentionFlow:

@@ -66,6 +66,16 @@ def daam_heads(explained: Explained) -> Tensor:
     return explained.flow_of("heads").accumulated[:, -1]
 
 
+def daam_heads_log_odds(explained: Explained) -> Tensor:
+    """Compute `daam_heads` for the log-odds of the class."""
+    return daam_heads(explained.by_log_odds)
+
+
+def daam_relevance(explained: Explained) -> Tensor:
+    """Return the relevance flow, signed."""
+    return explained.relevance.accumulated[:, -1]
+
+
 def daam_net(explained: Explained) -> Tensor:
     """Keep every sign, without any ReLU: blocks can cancel each other."""
     return explained.on_grid(sum((block.S * block.C_cls).sum((1, 3)) for block in explained.attention))
@@ -147,6 +157,19 @@ def gae(explained: Explained) -> Tensor:
             relevance = torch.eye(step.shape[-1], device=step.device, dtype=step.dtype).expand_as(step)
         relevance = relevance + step @ relevance
     return explained.on_grid(relevance[:, 0])
+
+
+def gae_log_odds(explained: Explained) -> Tensor:
+    """Compute `gae` for the log-odds of the class."""
+    return gae(explained.by_log_odds)
+
+
+def attnlrp(explained: Explained) -> Tensor:
+    """Return the relevance of the tokens that enter the first block: AttnLRP, for the log-odds of the class; signed.
+
+    Achtibat et al. 2024, https://arxiv.org/abs/2402.05602.
+    """
+    return explained.relevance.block_maps[:, 0]
 
 
 def legrad(explained: Explained) -> Tensor:
@@ -264,6 +287,8 @@ METHODS: dict[str, Callable[[Explained], Tensor]] = {
     "daam-relu": daam_relu,
     "daam-signed": daam_signed,
     "daam-heads": daam_heads,
+    "daam-heads-log-odds": daam_heads_log_odds,
+    "daam-relevance": daam_relevance,
     "daam-net": daam_net,
     "daam-share": daam_share,
     "daam-projection": daam_projection,
@@ -271,6 +296,8 @@ METHODS: dict[str, Callable[[Explained], Tensor]] = {
     "attention": attention,
     "rollout": rollout,
     "gae": gae,
+    "gae-log-odds": gae_log_odds,
+    "attnlrp": attnlrp,
     "legrad": legrad,
     "gradcam": gradcam,
     "integrated-gradients": integrated_gradients,

@@ -38,11 +38,11 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
     """
     maps = {name: METHODS[name](explained)[0] for name in methods}
     try:
-        flipped = replace(explained, images=explained.images.flip(-1), grad_outputs=None)
+        flipped = replace(explained, images=explained.images.flip(-1), grad_outputs=None, log_odds_outputs=None)
     except ValueError:  # the bank has no neighbour of the class
         flipped = None
     second = explained.decision.second(explained.images, explained.classes)
-    other = None if second is None else replace(explained, classes=second, grad_outputs=None)
+    other = None if second is None else replace(explained, classes=second, grad_outputs=None, log_odds_outputs=None)
     found = {
         name: {
             "flip": flipped and rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),

@@ -28,8 +28,16 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from daam_core import dimension_importance, neighbour_votes
-from daam_vit.arguments import check_integer, check_type
-from daam_vit.inputs import MIN_TEMPERATURE, check_directions, check_indices, check_shapes, check_tensor, unusual_kind
+from daam_vit.arguments import check_integer, check_number, check_type
+from daam_vit.inputs import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    check_directions,
+    check_indices,
+    check_shapes,
+    check_tensor,
+    unusual_kind,
+)
 from daam_vit.text import printable
 from memorybank.files import TILE, read_metadata, read_pair, shown
 from models.weights import usable_device
@@ -197,16 +205,10 @@ class MemoryBank:
             ValueError: if the width differs, a feature is zero, a feature or the bank is not finite, or k is not
                 in 1..M.
         """
-        check_tensor("features", features, "a tensor (B, D)")
-        rows, width = self.features.shape
-        query = features if features.ndim == 2 else features.unsqueeze(0)
-        if query.ndim != 2 or query.shape[1] != width or not len(query):
-            raise ValueError(f"features: expected (B, {width}), the width of the bank, got {tuple(features.shape)}")
-        check_directions(query)
+        query = self._queries(features)  # (B, D)
+        (batch, width), rows = query.shape, len(self.features)
         if (k := check_integer("k", k, 1)) > rows:
             raise ValueError(f"k: expected 1 to {rows}, the number of features in {shown(self.directory)}, got {k}")
-        query = F.normalize(query.to(self.features.device, torch.float32), dim=1)
-        batch = len(query)
         span = max(TILE, min(SPAN // batch, rows + TILE - 1) // TILE * TILE)
         tile, cosines = query.new_empty(TILE // SLAB, SLAB, width), query.new_empty(span // SLAB, SLAB, batch)
         queries = query.T.expand(len(tile), width, batch)
@@ -224,6 +226,16 @@ class MemoryBank:
         if not torch.isfinite(best).all():  # topk treats NaN as the largest value
             raise ValueError(f"bank: {shown(self.directory)} has NaN or infinite values; build it again")
         return best.T.to(features.device), index.T.to(features.device)
+
+    def _queries(self, features: Tensor) -> Tensor:
+        """Return features, `(B, D)` or `(D,)`, L2-normalised on the device of the bank: `(B, D)` float32."""
+        check_tensor("features", features, "a tensor (B, D)")
+        width = self.features.shape[1]
+        query = features if features.ndim == 2 else features.unsqueeze(0)
+        if query.ndim != 2 or query.shape[1] != width or not len(query):
+            raise ValueError(f"features: expected (B, {width}), the width of the bank, got {tuple(features.shape)}")
+        check_directions(query)
+        return F.normalize(query.to(self.features.device, torch.float32), dim=1)
 
     @torch.inference_mode()
     def classify(self, features: Tensor, k: int = 20, temperature: float = 0.07) -> Vote:
@@ -298,6 +310,51 @@ class MemoryBank:
         f = F.normalize(features.float().reshape(len(mine), -1), dim=1)
         rows = (n[m].to(self.features.device) for n, m in zip(vote.neighbours, mine))
         return dimension_importance(f, (self.features[n] for n in rows))  # one image at a time, to save memory
+
+    @torch.inference_mode()
+    def log_odds(
+        self, features: Tensor, k: int = 20, temperature: float = 0.07, target: int | Tensor | None = None
+    ) -> Tensor:
+        """Compute the gradient of the log-odds of a class, for `attention_flow(importance=..., variant="relevance")`.
+
+        All rows z of the bank vote, those of the class and the others: Y = log sum_in exp(cos / T) - log sum_out
+        exp(cos / T), and with the length of the feature f taken as a constant
+
+            dY/df = (sum_in w z - sum_out w z) / (T |f|),    w = softmax(cos / T) within each sum.
+
+        Args:
+            features: `(B, D)`, or `(D,)` for one feature; only their directions count for the votes.
+            k: number of neighbours that decide on the class if `target` is None, as in `classify`.
+            temperature: T.
+            target: the class, one for all images or `(B,)`.
+
+        Returns:
+            `(B, D)` float32, on the device of the features.
+
+        Raises:
+            ValueError: as in `classify`; also if `target` is out of range, or no row or every row belongs to it.
+        """
+        f = self._queries(features)  # (B, D)
+        check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+        classes = self.classify(features, k, temperature).prediction if target is None else target
+        classes = self._classes(classes, len(f)).to(self.labels.device)
+        largest = f.new_full((2, len(f)), torch.finfo(f.dtype).min)  # of cos / T so far, inside and outside the class
+        total, weighted = f.new_zeros(2, len(f)), f.new_zeros(2, *f.shape)  # sums of exp, and of exp z
+        for start in range(0, len(self.features), TILE):
+            z = self.features[start : start + TILE].float()  # (n, D)
+            inside = self.labels[start : start + TILE] == classes.unsqueeze(1)  # (B, n)
+            logits = (f @ z.T / temperature).masked_fill(~torch.stack([inside, ~inside]), -torch.inf)  # (2, B, n)
+            before, largest = largest, logits.amax(2).maximum(largest)
+            kept, w = (before - largest).exp(), (logits - largest.unsqueeze(2)).exp()  # (2, B), (2, B, n)
+            total = total * kept + w.sum(2)
+            weighted = weighted * kept.unsqueeze(2) + w @ z
+        for counts, what in zip((total > 0).unbind(0), ("no feature of", "features only of")):
+            if not counts.all():
+                name = printable(self.class_name(int(classes[int(counts.logical_not().nonzero()[0])])), 80)
+                raise ValueError(f"target: {shown(self.directory)} has {what} the class {name}; name another class")
+        means = weighted / total.unsqueeze(2)  # (2, B, D)
+        length = features.to(f).reshape(f.shape).norm(dim=1, keepdim=True)
+        return ((means[0] - means[1]) / (temperature * length)).to(features.device)
 
     def _classes(self, target: int | Tensor, batch: int) -> Tensor:
         try:
