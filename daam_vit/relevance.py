@@ -189,11 +189,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         y = f(x)
-        gate = y / x
-        if gate.isnan().any():  # 0 / 0
-            tiny = torch.full_like(x, 1e-3)
-            gate = torch.where(x == 0, f(tiny) / tiny, gate)
-        ctx.save_for_backward(gate)
+        ctx.save_for_backward((y / x).nan_to_num_(0))  # 0 / 0
         return y
 
     @staticmethod
@@ -258,7 +254,8 @@ def _layer_norm(
     if len(normalized_shape) != 1:
         raise no_rule(f"layer_norm over {len(normalized_shape)} dimensions")
     x = input.detach()
-    scale = (x.float().var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    centred = x.float() - x.float().mean(-1, keepdim=True)
+    scale = (centred.square_().mean(-1, keepdim=True) + eps).rsqrt()  # several times as fast as torch.var
     return _Normed.apply(input, func(x, normalized_shape, weight, bias, eps), scale, weight, True)
 
 
