@@ -44,9 +44,12 @@ from torch import Tensor, nn
 
 from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, OnGradient, repeat_heads
 from daam_vit.checks import (
+    SCORES,
+    VARIANTS,
     Target,
     check_backward,
     check_forward,
+    check_options,
     check_queries,
     class_indices,
     completeness_error,
@@ -107,11 +110,6 @@ __all__ = [
     "score_gradient",
     "side_by_side",
 ]
-
-VARIANTS = ("paper", "signed", "heads", "relevance")
-SCORES = ("logit", "log_odds")
-"""See `attention_flow`."""
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The equations
@@ -346,19 +344,7 @@ def attention_flow(
         TypeError: if `model`, `images` or `importance` has the wrong type; also one line.
     """
     model = unwrap(model)
-    check_choice("variant", variant, VARIANTS)
-    if importance is not None and score is not None:
-        raise ValueError("score: cannot be chosen together with importance, the gradient of a score; drop one of them")
-    if importance is None:
-        score = score or ("log_odds" if variant == "relevance" else "logit")
-        check_choice("score", score, SCORES)
-    check_choice("memory", memory, ("auto", "fast", "low"))
-    check_choice("norm", norm, (True, False))
-    check_choice("shortcuts", shortcuts, (True, False))
-    if memory == "low" and not shortcuts:
-        raise ValueError("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True")
-    if importance is not None and target is not None:
-        raise ValueError("target: cannot be explained together with importance; pass one of the two")
+    score = check_options(target, importance, norm, memory, variant, shortcuts, score)
     plan = plan_of(model, images, rows)  # None: no known family; the run has to show what the model does
     if plan is None and variant == "relevance":
         raise UnsupportedModel(
@@ -384,7 +370,7 @@ def attention_flow(
             check_unverified(model, first_image(images), plan.unverified)
         if importance is None:
             indices = class_indices(target, Y.detach())  # (B,) or (B, K)
-            dY = score_gradient(Y.detach(), indices, score or "logit").to(Y)  # (B, num_classes) or (B, K, num_classes)
+            dY = score_gradient(Y.detach(), indices, score).to(Y)  # (B, num_classes) or (B, K, num_classes)
         else:
             indices, dY = None, importance_weights(importance, Y.detach())  # (B, D) or (B, K, D)
         grad_outputs = dY.unbind(1) if dY.ndim == 3 else (dY,)  # K times (B, num_classes) or (B, D)
@@ -398,14 +384,14 @@ def attention_flow(
             if rows == "class":
                 check_queries(model, maps.read, maps.last.layer, all_rows_hint(model))
 
-    block_maps = maps.of_steps(plan) if relevance is None else relevance.of_steps(plan)  # (B, K, L, h, w)
-    block_maps = block_maps if dY.ndim == 3 else block_maps.squeeze(1)  # (B, L, h, w)
-    class_share = None if relevance is None else relevance.class_share(plan)  # (B, K, L)
-    class_share = class_share if class_share is None or dY.ndim == 3 else class_share.squeeze(1)  # (B, L)
+    block_maps = (relevance or maps).of_steps(plan)  # (B, K, L, h, w)
+    class_share = relevance and relevance.class_share(plan)  # (B, K, L)
+    if dY.ndim == 2:  # one class, or importance, of every image
+        block_maps, class_share = block_maps.squeeze(1), class_share if class_share is None else class_share.squeeze(1)
     accumulated = accumulate(block_maps, norm, plan.valid_cells(images) if norm else None)  # Eq. 6
     return AttentionFlow(
         block_maps, accumulated, Y.detach(), indices, rows, plan.decomposed, plan.steps[0][0].prefix, variant,
-        score, class_share,
+        score if importance is None else None, class_share,
     )  # fmt: skip
 
 

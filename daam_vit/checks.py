@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from daam_vit.attention import AttentionCall
-from daam_vit.inputs import Images, UnsupportedModel, check_finite, check_tensor
+from daam_vit.inputs import Images, UnsupportedModel, check_choice, check_finite, check_tensor
 from daam_vit.libraries import check_output
 from daam_vit.plan import AttentionLayer, Plan
 from daam_vit.text import printable
@@ -21,9 +22,33 @@ from daam_vit.text import printable
 OTHER_MODEL = "pass a model of timm, torchvision or transformers itself"
 """Way out for a model of no known family."""
 
+VARIANTS = ("paper", "signed", "heads", "relevance")
+SCORES = ("logit", "log_odds")
+"""Values of `variant` and `score`, see `daam_core.attention_flow`."""
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the run
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    target: Any, importance: Any, norm: bool, memory: str, variant: str, shortcuts: bool, score: str | None
+) -> str:
+    """Raise unless options of `daam_core.attention_flow` are known and fit each other; return the score to explain."""
+    check_choice("variant", variant, VARIANTS)
+    check_choice("memory", memory, ("auto", "fast", "low"))
+    check_choice("norm", norm, (True, False))
+    check_choice("shortcuts", shortcuts, (True, False))
+    if memory == "low" and not shortcuts:
+        raise ValueError("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True")
+    if importance is not None and target is not None:
+        raise ValueError("target: cannot be explained together with importance; pass one of the two")
+    if importance is not None and score is not None:
+        raise ValueError("score: cannot be chosen together with importance, which takes its place; pass one of the two")
+    if score is None:
+        return "log_odds" if variant == "relevance" else "logit"
+    check_choice("score", score, SCORES)
+    return score
 
 
 def check_size(images: Tensor, fixed: Sequence[int] | None, stride: Sequence[int] = (1, 1), way_out: str = "") -> None:
