@@ -385,9 +385,10 @@ def attention_flow(
                 check_queries(model, maps.read, maps.last.layer, all_rows_hint(model))
 
     block_maps = (relevance or maps).of_steps(plan)  # (B, K, L, h, w)
-    class_share = relevance and relevance.class_share(plan)  # (B, K, L)
+    class_share = None if relevance is None else relevance.class_share(plan)  # (B, K, L)
     if dY.ndim == 2:  # one class, or importance, of every image
-        block_maps, class_share = block_maps.squeeze(1), class_share if class_share is None else class_share.squeeze(1)
+        block_maps = block_maps.squeeze(1)  # (B, L, h, w)
+        class_share = None if class_share is None else class_share.squeeze(1)  # (B, L)
     accumulated = accumulate(block_maps, norm, plan.valid_cells(images) if norm else None)  # Eq. 6
     return AttentionFlow(
         block_maps, accumulated, Y.detach(), indices, rows, plan.decomposed, plan.steps[0][0].prefix, variant,

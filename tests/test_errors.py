@@ -129,8 +129,15 @@ def with_block_that_changes():
 naflex = partial(of_row, family="NaFlexViT, padded batch")
 
 ARGUMENTS = [
-    case("variant: expected 'paper', 'signed' or 'heads', got 'relu'$", variant="relu"),
-    case("variant: expected 'paper', 'signed' or 'heads', got None$", variant=None),
+    case("variant: expected 'paper', 'signed', 'heads' or 'relevance', got 'relu'$", variant="relu"),
+    case("variant: expected 'paper', 'signed', 'heads' or 'relevance', got None$", variant=None),
+    case("score: expected 'logit' or 'log_odds', got 'probability'$", score="probability"),
+    case("score: expected 'logit' or 'log_odds', got 1$", variant="relevance", score=1),
+    case(
+        "score: cannot be chosen together with importance, which takes its place; pass one of the two$",
+        importance=ONES,
+        score="log_odds",
+    ),
     case("memory: expected 'auto', 'fast' or 'low', got 'small'$", memory="small"),
     case("memory: expected 'auto', 'fast' or 'low', got None$", memory=None),
     case("memory: expected 'auto', 'fast' or 'low', got True$", memory=True),
@@ -329,6 +336,8 @@ MODELS = [
          from_transformers("", "ViTMAEModel").make, importance=ONES),
     case("model: Dinov2Backbone has neither a classifier nor a last_hidden_state",
          backbone, importance=ONES),
+    case("variant: 'relevance' needs the blocks of the model, and PlainMean is of no known family; use another",
+         lambda: PlainMean(tiny_vit()), error=UnsupportedModel, variant="relevance"),
     no_family("model: the score of PlainMean reads the patch tokens and not the class token", PlainMean),
     no_family("model: the score of PlainBoth reads the patch tokens besides the class token", PlainBoth),
     no_family("model: the tokens of PlainClassLast are not 1 and then the patches, row by row", PlainClassLast),

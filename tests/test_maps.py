@@ -18,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY, build, random_images, tiny_vit
 
 from daam_core import (
-    VARIANTS,
     AttentionFlow,
     accumulate,
     all_rows_map,
@@ -318,7 +317,9 @@ def test_variants(options, memory, images):
 
 def test_variants_of_an_importance(model, images):
     importance = torch.rand(WIDTH, generator=torch.Generator().manual_seed(1))
-    paper, signed, heads = (attention_flow(model, images, importance=importance, variant=v) for v in VARIANTS)
+    paper, signed, heads = (
+        attention_flow(model, images, importance=importance, variant=v) for v in ("paper", "signed", "heads")
+    )
     assert torch.equal(paper.block_maps, signed.block_maps)
     assert_maps_match(heads, [plain_block_maps(model, x, None, importance, "heads") for x in images])
 
