@@ -81,21 +81,28 @@ class Explained:
     """Seed of the random maps."""
     score: str = "logit"
     """Score of the classes: "logit", or without a classifier what the paper has in its place; or "log_odds"."""
-    grad_outputs: Tensor | None = None
-    """Gradient of the score, computed by default: the score of every image is `(outputs * grad_outputs).sum(1)`."""
-    log_odds_outputs: Tensor | None = None
-    """The same for the log-odds, `Decision.log_odds`."""
+    asked: Decision | None = None
+    """Decision that gives the gradient of the score; `decision` by default."""
 
     def __post_init__(self):
-        if self.grad_outputs is None:
-            self.grad_outputs = self.decision.grad_outputs(self.images, self.classes)
-        if self.log_odds_outputs is None:
-            self.log_odds_outputs = self.decision.log_odds(self.images, self.classes)
+        """Compute the gradient, which also finds out whether the classes can be explained."""
+        _ = self.grad_outputs
 
     @property
     def model(self) -> nn.Module:
         """The model that decides."""
         return self.decision.loaded.model
+
+    @cached_property
+    def grad_outputs(self) -> Tensor:
+        """Gradient of the score, which is `(outputs * grad_outputs).sum(1)` for every image.
+
+        Raises:
+            ValueError: if the classes cannot be explained, see `Decision`.
+        """
+        decision = self.asked or self.decision
+        gradient = decision.log_odds if self.score == "log_odds" else decision.grad_outputs
+        return gradient(self.images, self.classes)
 
     def flow_of(self, variant: str) -> AttentionFlow:
         """Return the attention flow of a variant of `attention_flow`."""
@@ -106,12 +113,29 @@ class Explained:
     @cached_property
     def by_log_odds(self) -> Explained:
         """The same photos and classes, with their log-odds as the score."""
-        return replace(self, score="log_odds", grad_outputs=self.log_odds_outputs)
+        return replace(self, score="log_odds")
 
     @cached_property
     def relevance(self) -> AttentionFlow:
-        """The relevance flow, of the log-odds."""
-        return self.by_log_odds.flow_of("relevance")
+        """The relevance flow, of the log-odds.
+
+        Raises:
+            UnsupportedModel: if the model has none.
+        """
+        try:
+            return self.by_log_odds.flow_of("relevance")
+        except UnsupportedModel as error:
+            reason = str(error).removeprefix("variant: ").removesuffix("; use another variant")
+            raise UnsupportedModel(f"methods: {reason}; {WAY_OUT}") from None
+
+    def with_model(self, model: nn.Module) -> Explained:
+        """Return the same photos and classes for another model: by its own scores, or by the same directions.
+
+        With a memory bank the gradient stays that of the decision before: features of another model have no neighbours
+        in it.
+        """
+        decision = replace(self.decision, loaded=replace(self.decision.loaded, model=model))
+        return replace(self, decision=decision, asked=(self.asked or self.decision) if decision.bank else None)
 
     @cached_property
     def flow(self) -> AttentionFlow:

@@ -7,6 +7,7 @@ Sec. 4: a map should change when the weights are replaced by random ones, block 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from evaluation.explained import Explained
 from evaluation.methods import METHODS
+
+BLOCK_STAGES = 4
+"""Stages in which the blocks are randomised, at most; each costs one map of every method."""
 
 
 def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
@@ -33,16 +37,16 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
         - "class": the map of the most probable other class; low if the map depends on the class. None without such a
           class.
         - "randomised": the maps after every stage of `randomised_models`, a list; near 0 if the map depends on what
-          was learned. Empty for models without `blocks`. The class, or without a classifier the importance, stays that
-          of the trained model.
+          was learned. Empty for models without `blocks`. The class stays, and without a classifier also the importance
+          and the gradient of the log-odds; see `Explained.with_model`.
     """
     maps = {name: METHODS[name](explained)[0] for name in methods}
     try:
-        flipped = replace(explained, images=explained.images.flip(-1), grad_outputs=None, log_odds_outputs=None)
+        flipped = replace(explained, images=explained.images.flip(-1))
     except ValueError:  # the bank has no neighbour of the class
         flipped = None
     second = explained.decision.second(explained.images, explained.classes)
-    other = None if second is None else replace(explained, classes=second, grad_outputs=None, log_odds_outputs=None)
+    other = None if second is None else replace(explained, classes=second)
     found = {
         name: {
             "flip": flipped and rank_correlation(maps[name], METHODS[name](flipped)[0].flip(-1)),
@@ -52,8 +56,7 @@ def check(explained: Explained, methods: Sequence[str]) -> dict[str, dict]:
         for name in methods
     }
     for _, model in randomised_models(explained.model, explained.seed):
-        decision = replace(explained.decision, loaded=replace(explained.decision.loaded, model=model))
-        worse = replace(explained, decision=decision)
+        worse = explained.with_model(model)
         for name in methods:
             found[name]["randomised"].append(rank_correlation(maps[name], METHODS[name](worse)[0]))
     return found
@@ -63,10 +66,18 @@ def stages(model: nn.Module) -> list[str]:
     """Return the parts of a model in the order in which they are randomised; none for models without timm's `blocks`.
 
     Returns:
-        "head", "block 12", ..., "block 1", "embedding".
+        "head", at most four groups of blocks such as "blocks 12-10" ... "blocks 3-1", "embedding".
     """
+    groups = _groups(model)
+    names = [f"block {g[0]}" if len(g) == 1 else f"blocks {g[0]}-{g[-1]}" for g in groups]
+    return ["head", *names, "embedding"] if groups else []
+
+
+def _groups(model: nn.Module) -> list[range]:
+    """Return the blocks of every stage, numbered from 1, the last block first."""
     blocks = len(getattr(model, "blocks", ()))
-    return ["head", *(f"block {b}" for b in range(blocks, 0, -1)), "embedding"] if blocks else []
+    size = math.ceil(blocks / BLOCK_STAGES)
+    return [range(b, max(b - size, 0), -1) for b in range(blocks, 0, -max(size, 1))]
 
 
 def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
@@ -80,9 +91,10 @@ def randomised_models(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn
         return
     model = copy.deepcopy(model)
     top = [getattr(model, name) for name in ("norm", "fc_norm", "head") if hasattr(model, name)]
+    groups = [[model.blocks[b - 1] for b in group] for group in _groups(model)]
     generator = torch.Generator().manual_seed(seed)
     seen = set()
-    for stage, modules in zip(names, [top, *([block] for block in reversed(model.blocks)), [model]]):
+    for stage, modules in zip(names, [top, *groups, [model]]):
         with torch.no_grad():
             for parameter in (p for module in modules for p in module.parameters() if p not in seen):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)

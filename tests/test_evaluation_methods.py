@@ -22,7 +22,7 @@ class Seen:
 
     def __init__(self, model, images, classes):
         self.matrices, self.values, self.T, self.added, self.tokens = [], [], [], [], []
-        handles, keep = [], {}
+        handles = []
         for block in model.blocks:
             block.attn.fused_attn = False
 
@@ -37,8 +37,8 @@ class Seen:
                 block.ls1.register_forward_hook(lambda m, a, out: self.added.append(out)),
                 block.register_forward_hook(lambda m, a, out: self.tokens.append(out)),
             ]
-        keep["scores"] = model(images)
-        self.score = keep["scores"][range(len(classes)), classes].sum()
+        self.scores = model(images)
+        self.score = self.scores[range(len(classes)), classes].sum()
         self.model = model
         for handle in handles:
             handle.remove()
@@ -119,6 +119,57 @@ def test_attention_rollout_gae_legrad(case):
     close(METHODS["rollout"](explained), grid(rolled[:, 0], prefix))
     close(METHODS["gae"](explained), grid(relevance[:, 0], prefix))
     close(METHODS["legrad"](explained), grid(legrad, prefix))
+
+
+def test_methods_for_the_log_odds(case):
+    """log p - log(1 - p) of the class takes the place of its score."""
+    _, explained, seen, prefix = case
+    p = seen.scores.softmax(1)[[0, 1], [3, 1]]
+    log_odds = (p.log() - (1 - p).log()).sum()
+    gae, heads = torch.eye(seen.matrices[0].shape[-1]), 0
+    for b, A in enumerate(seen.matrices):
+        gae = gae + (A * seen.gradients(A, log_odds)[0]).clamp(min=0).mean(1) @ gae
+        C = seen.gradients(seen.T[b], log_odds)[0][:, :1]
+        heads = heads + (seen.summands(b) * C).unflatten(2, (2, 12)).sum(3).clamp(min=0).sum(2)
+    close(METHODS["gae-log-odds"](explained), grid(gae[:, 0], prefix))
+    close(METHODS["daam-heads-log-odds"](explained), grid(heads, prefix))
+    assert not torch.allclose(METHODS["gae-log-odds"](explained), METHODS["gae"](explained), rtol=0.01)
+
+
+def share(x, kept):
+    """The identity, whose gradient is multiplied by a number."""
+    return kept * x + (1 - kept) * x.detach()
+
+
+def plain_relevance(model, images, classes):
+    """R_b of every block, `(B, L, N)`, by a forward whose plain gradient follows the rules of AttnLRP."""
+
+    def norm(module, x):
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt().detach()
+        return centred / scale * module.weight + module.bias
+
+    x = model._pos_embed(model.patch_embed(images))
+    entered = []
+    for block in model.blocks:
+        entered.append(x)
+        q, k, v = block.attn.qkv(norm(block.norm1, x)).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        A = (share(q, 0.25) @ share(k, 0.25).transpose(2, 3) / 12**0.5).softmax(3)
+        x = x + block.ls1(block.attn.proj((A @ share(v, 0.5)).transpose(1, 2).flatten(2)))
+        hidden = block.mlp.fc1(norm(block.norm2, x))
+        x = x + block.ls2(block.mlp.fc2(hidden * (nn.functional.gelu(hidden) / hidden).detach()))
+    p = model.head(norm(model.norm, x)[:, 0]).softmax(1)[range(len(classes)), classes]
+    gradients = torch.autograd.grad((p.log() - (1 - p).log()).sum(), entered)
+    return torch.stack([(x * g).sum(2) for x, g in zip(entered, gradients)], 1)
+
+
+def test_relevance_and_attnlrp(case):
+    """Signed: R_1 alone, and the sum over all blocks."""
+    model, explained, _, prefix = case
+    R = plain_relevance(model, explained.images, [3, 1])[:, :, prefix:].unflatten(2, (4, 4))
+    close(METHODS["attnlrp"](explained), R[:, 0])
+    close(METHODS["daam-relevance"](explained), R.sum(1))
+    assert (R[:, 0] < 0).any() and (R.sum(1) < 0).any()
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
@@ -223,6 +274,11 @@ def test_without_a_classifier(bank):
     close(METHODS["daam"](explained), flow.accumulated[:, -1])
     close(METHODS["daam-signed"](explained), flow.accumulated[:, -1])  # no ReLU on coefficients: the paper's
     assert not torch.allclose(METHODS["daam-relu"](explained), flow.accumulated[:, -1])
+    relevance = attention_flow(model, images, importance=bank.log_odds, variant="relevance")
+    close(METHODS["daam-relevance"](explained), relevance.accumulated[:, -1])
+    close(METHODS["attnlrp"](explained), relevance.block_maps[:, 0])
+    heads = attention_flow(model, images, importance=bank.log_odds, variant="heads")
+    close(METHODS["daam-heads-log-odds"](explained), heads.accumulated[:, -1])
     for name, method in METHODS.items():
         heat = method(explained)
         assert heat.shape == (2, 4, 4) and torch.isfinite(heat).all(), name
@@ -295,6 +351,20 @@ NOT_ALL_TOKENS = "the attention of {} is not between all 17 tokens, once per blo
 def test_models_that_a_method_cannot_follow(make, method, message):
     with pytest.raises(UnsupportedModel, match=f"^methods: {message}"):
         METHODS[method](explained_of(make()))
+
+
+@pytest.mark.parametrize("method", ["daam-relevance", "attnlrp"])
+def test_a_model_without_a_rule(method):
+    """The way out is that of the evaluation, not of `attention_flow`."""
+    model = tiny_vit()
+    model.blocks[1].mlp.act = Inverse()
+    with pytest.raises(UnsupportedModel, match=r"^methods: .* no rule for reciprocal.*; choose methods for any model:"):
+        METHODS[method](explained_of(model))
+
+
+class Inverse(nn.Module):
+    def forward(self, x):
+        return (x + 10).reciprocal()
 
 
 def test_a_model_without_what_a_method_reads():

@@ -11,6 +11,7 @@ from tiny_models import random_images, tiny_vit
 from daam_core import attention_flow, features
 from evaluation import sanity
 from evaluation.explained import Explained
+from evaluation.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,54 @@ def test_randomised_models():
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     again = [m.blocks[0].attn.qkv.weight.sum() for _, m in sanity.randomised_models(model)][-1]
     assert again == other.blocks[0].attn.qkv.weight.sum()
+
+
+@pytest.mark.parametrize(
+    ("depth", "stages"),
+    [
+        (1, ["block 1"]),
+        (4, ["block 4", "block 3", "block 2", "block 1"]),
+        (5, ["blocks 5-4", "blocks 3-2", "block 1"]),
+        (12, ["blocks 12-10", "blocks 9-7", "blocks 6-4", "blocks 3-1"]),
+    ],
+)
+def test_deep_models_are_randomised_by_groups_of_blocks(depth, stages):
+    model = tiny_vit(depth=depth)
+    assert sanity.stages(model) == ["head", *stages, "embedding"]
+    changed = []
+    for _, other in sanity.randomised_models(model):
+        pairs = zip(model.blocks, other.blocks)
+        changed.append([not torch.equal(a.mlp.fc1.weight, b.mlp.fc1.weight) for a, b in pairs])
+    assert changed[0] == [False] * depth and changed[-2] == changed[-1] == [True] * depth
+    for stage, blocks in zip(stages, changed[1:]):
+        lowest = int(stage.replace("-", " ").split()[-1])
+        assert blocks == [b >= lowest for b in range(1, depth + 1)]
+    assert sanity.stages(torch.nn.Linear(2, 2)) == []
+
+
+def test_a_randomised_classifier_is_explained_by_its_own_scores():
+    """So that relevance and gae with the log-odds explain the same score."""
+    explained = explained_of(tiny_vit(), random_images(1, 3, 32, 32))
+    other = tiny_vit(seed=9)
+    alone = explained_of(other, random_images(1, 3, 32, 32))
+    worse = explained.with_model(other)
+    for name in ("daam", "gae-log-odds", "daam-heads-log-odds", "daam-relevance", "attnlrp"):
+        torch.testing.assert_close(METHODS[name](worse), METHODS[name](alone))
+    assert torch.equal(worse.by_log_odds.grad_outputs, alone.by_log_odds.grad_outputs)
+    assert not torch.allclose(worse.by_log_odds.grad_outputs, explained.by_log_odds.grad_outputs)
+
+
+def test_without_a_classifier_the_trained_model_gives_the_directions(bank):
+    """Also for a model that is randomised twice."""
+    images = random_images(1, 3, 32, 32)
+    decision, other = decision_of(tiny_vit(num_classes=0), bank), tiny_vit(num_classes=0, seed=9)
+    explained = Explained(decision, images, decision.shares(images).argmax(1), ["a"])
+    for worse in (explained.with_model(other), explained.with_model(tiny_vit(seed=5)).with_model(other)):
+        assert torch.equal(worse.grad_outputs, explained.grad_outputs)
+        direction = bank.log_odds(features(decision.loaded.model, images).detach(), target=explained.classes)
+        for name, variant in (("daam-relevance", "relevance"), ("daam-heads-log-odds", "heads")):
+            flow = attention_flow(other, images, importance=direction, variant=variant)
+            torch.testing.assert_close(METHODS[name](worse), flow.accumulated[:, -1])
 
 
 def test_rank_correlation():
