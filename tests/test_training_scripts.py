@@ -11,12 +11,15 @@ import timm
 import torch
 from onnx import helper, numpy_helper
 from PIL import Image
+from timm.layers import QuickGELU
 
-from models import load
+from daam_core import attention_flow
+from models import load, read_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "pretrainedmodels"
 sys.path.insert(0, str(SCRIPTS))
 import train_caltech101  # noqa: E402
+import train_rope  # noqa: E402
 import train_selfsupervised  # noqa: E402
 from train_caltech101 import backbone_from_onnx, split  # noqa: E402
 
@@ -95,11 +98,11 @@ def run(work, monkeypatch, capsys):
     """Run a script in this process, at 56 px, 4 x 4 patches; return what it prints."""
     monkeypatch.setattr(train_caltech101, "SIZE", 56)
     monkeypatch.setattr(train_selfsupervised, "SIZE", 56)
-    files = ["--data", work[0] / "photos", "--onnx", work[0] / "backbone.onnx"]
-    small = ["--batch", 3, "--workers", 0, "--device", "cpu"]
+    small = ["--data", work[0] / "photos", "--batch", 3, "--workers", 0, "--device", "cpu"]
 
     def run_script(script, *more):
-        monkeypatch.setattr("sys.argv", [script.__file__, *map(str, [*files, *small, *more])])
+        more += ("--onnx", work[0] / "backbone.onnx") if script != train_rope else ()
+        monkeypatch.setattr("sys.argv", [script.__file__, *map(str, [*small, *more])])
         script.main()
         return capsys.readouterr().out
 
@@ -140,8 +143,77 @@ def test_the_selfsupervised_script_resumes_and_ends_with_a_model_that_loads(work
     assert "resuming after epoch 2" in printed and "epoch 1/2" not in printed
 
 
-def test_a_script_runs_from_any_folder(tmp_path):
-    """The self-supervised script also imports the other one."""
-    command = [sys.executable, SCRIPTS / "train_selfsupervised.py", "--help"]
+@pytest.fixture
+def teacher(tmp_path):
+    """A file with a random classifier of the three classes."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 56, "num_classes": 3}
+    model = timm.create_model("vit_small_patch14_dinov2", **sizes)
+    train_caltech101.store(model, tmp_path / "teacher.safetensors", sizes, class_names='["A", "b", "c"]')
+    return tmp_path / "teacher.safetensors"
+
+
+def test_the_rope_script_resumes_and_ends_with_a_model_that_loads(work, run, teacher, tmp_path):
+    out = tmp_path / "rope.safetensors"
+    options = ["--out", out, "--work", tmp_path / "rope", "--teacher", teacher, "--epochs", 1, "--keep", 0.25]
+    printed = run(train_rope, *options)
+    assert "epoch 1/2: 4 patches" in printed and "epoch 2/2: 8 patches" in printed
+    assert "rope.safetensors: mean class accuracy" in printed and "of 36 photos" in printed
+    assert read_checkpoint(out).metadata["architecture"] == train_rope.ARCHITECTURE
+    loaded = load(None, out)
+    assert type(loaded.model).__name__ == "Eva" and loaded.model.rope and loaded.model.num_prefix_tokens == 5
+    assert loaded.class_names == ["A", "b", "c"] and loaded.model.num_classes == 3 and loaded.size == (56, 56)
+    for variant in ("paper", "relevance"):
+        flow = attention_flow(loaded.model, torch.randn(1, 3, 56, 56), variant=variant)
+        assert flow.accumulated.shape == (1, 8, 4, 4) and flow.accumulated.isfinite().all()
+
+    printed = run(train_rope, *options)
+    assert "resuming after epoch 2" in printed and "epoch 1/2" not in printed
+
+
+def test_the_converted_model_is_the_teacher_but_for_positions_registers_and_neurons(monkeypatch):
+    monkeypatch.setattr(train_rope, "BLOCKS", (0, 2))
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "patch_size": 14, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
+    teacher = timm.create_model("vit_tiny_patch16_224", **sizes, depth=3, init_values=0.5).eval()
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        teacher.pos_embed[:, 1:] = teacher.pos_embed[:, 1:2]
+    for block in teacher.blocks:
+        block.mlp.act = QuickGELU()
+    student = timm.create_model(
+        train_rope.ARCHITECTURE, **train_rope.ARGUMENTS | sizes | {"depth": 2, "mlp_ratio": 4},
+        num_reg_tokens=0, use_rot_pos_emb=False,
+    ).eval()  # fmt: skip
+    images = torch.randn(2, 3, 56, 56)
+    train_rope.convert(teacher, student, images)
+    teacher.blocks = teacher.blocks[::2]
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), teacher(images), atol=1e-3, rtol=1e-3)
+
+
+def test_the_student_runs_on_its_patches(teacher):
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "num_classes": 3}
+    student = timm.create_model(train_rope.ARCHITECTURE, **train_rope.ARGUMENTS | sizes).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        middle, logits = train_rope.run_student(student, images, torch.arange(16))
+        torch.testing.assert_close(logits, student(images))
+        reached = student.forward_intermediates(images, indices=[4], intermediates_only=True, output_fmt="NLC")[0]
+        torch.testing.assert_close(middle[:, 1:], reached)
+
+
+def test_mirror():
+    cells = torch.arange(12).view(3, 4)
+    patches = torch.tensor([0, 3, 5, 10])
+    assert torch.equal(cells.flip(1).flatten()[patches], train_rope.mirror(patches, 4))
+
+
+@pytest.mark.parametrize(("script", "option"), [("train_selfsupervised", "--frozen"), ("train_rope", "--teacher")])
+def test_a_script_runs_from_any_folder(tmp_path, script, option):
+    """These scripts also import the first one."""
+    command = [sys.executable, SCRIPTS / f"{script}.py", "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and "--frozen" in result.stdout, result.stderr
+    assert result.returncode == 0 and option in result.stdout, result.stderr
