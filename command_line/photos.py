@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from command_line.names import file_name, result_names, shorten
 from command_line.options import check_output_dir
 from command_line.terminal import complain
 from daam_core import UnsupportedModel
+from daam_vit.ranks import current_rank, shared
 from daam_vit.text import printable
 from models import LoadedModel
 from models.images import find_images, read_image
@@ -66,7 +68,7 @@ class Photos:
         return photos.exit_code
 
     An error is reported, and the other photos are still explained. Batches hold the input of the model only: a photo is
-    read again when it is drawn, so that no more than one is in memory.
+    read again when it is drawn, so that no more than one is in memory. Under `torchrun` the ranks share the batches.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -87,7 +89,7 @@ class Photos:
                 self.report(error)
         self.files = _without_repetitions(files)
         self._names = dict(zip(self.files, result_names(self.files)))
-        self._queue = [self.files[i : i + options.batch] for i in range(0, len(self.files), options.batch)]
+        self._again: list[list[Path]] = []
         self._bar = tqdm(disable=True)
         self._device: torch.device | None = None
         self._batch_size = 0
@@ -107,10 +109,16 @@ class Photos:
     def batches(self, loaded: LoadedModel) -> Iterator[Batch]:
         """Read the photos and yield them batch by batch, with a progress bar; report files that cannot be read."""
         self._device = next(loaded.model.parameters()).device
-        self._bar = tqdm(total=len(self.files), unit="image", disable=len(self.files) == 1)
-        while self._queue:
-            if batch := self._read(self._queue.pop(0), loaded):
-                yield batch
+        rank, ranks = current_rank()
+        self._bar = tqdm(total=len(self.files), unit="image", disable=len(self.files) == 1 or rank > 0)
+        size = min(self.options.batch, math.ceil(len(self.files) / ranks))
+        starts = range(0, len(self.files), size)
+        for _, start in shared(starts, "images"):
+            self._bar.update(start - self._bar.n)  # the other ranks took those before
+            self._again = [self.files[start : start + size]]
+            while self._again:
+                if batch := self._read(self._again.pop(0), loaded):
+                    yield batch
 
     def _read(self, files: list[Path], loaded: LoadedModel) -> Batch | None:
         images: dict[Path, Tensor] = {}
@@ -158,7 +166,7 @@ class Photos:
                 self.report(error, batch.photos[0].file)
                 self._bar.update()
             else:
-                self._queue[:0] = [[photo.file] for photo in batch.photos]
+                self._again += [[photo.file] for photo in batch.photos]
 
     @contextmanager
     def saving(self, photo: Photo) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from daam_vit.ranks import OthersLeft, claim, leave, process_group
 from daam_vit.text import printable
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
@@ -18,34 +19,55 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 
 def say(*lines: str) -> None:
     """Print lines on stdout, beside a progress bar; control characters are escaped."""
-    tqdm.write("\n".join(map(printable, lines)), file=sys.stdout)
+    tqdm.write("".join(f"{printable(line)}\n" for line in lines), file=sys.stdout, end="")
 
 
 def complain(message: object) -> None:
-    """Print one line on stderr, beside a progress bar; control characters are escaped."""
-    tqdm.write(printable(str(message)), file=sys.stderr)
+    """Print one line on stderr, beside a progress bar; control characters are escaped.
+
+    A line that another rank has printed is not printed again.
+    """
+    line = printable(str(message))
+    if claim(line):
+        tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 def run(main: Callable[[], int]) -> None:
-    """Call `main` and exit with the code that it returns, or with 128 and the number of the signal that ended it."""
+    """Call `main` and exit with the code that it returns, or with 128 and the number of the signal that ended it.
+
+    Under `torchrun`, which ends all ranks as soon as one of them fails, the ranks exit together, with the largest code.
+    """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names need not fit the encoding of the terminal
+        # names need not fit the encoding of the terminal, and lines of several ranks should not mix
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
     try:
-        code = main()
+        with process_group():
+            code = _leave_together(main)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except SystemExit as stop:  # --help, a wrong option, or a signal
+    except SystemExit as stop:  # a signal, or another rank has left
         code = stop.code
     sys.stdout.flush()
     if sys.stdout.error is not None:
         complain(f"error: stdout: cannot be written: {sys.stdout.error}; files are written all the same")
         code = code or 2
     sys.exit(code)
+
+
+def _leave_together(main: Callable[[], int]) -> int:
+    """Call `main`, and wait for the other ranks, except after a signal; return the largest exit code."""
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code or 0
+        if code >= 128 or isinstance(stop, OthersLeft):
+            raise
+    return leave(code)
 
 
 class _Stream:

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from daam_vit.ranks import barrier, current_rank, process_group
 from daam_vit.text import printable
 from memorybank.files import shown
 from memorybank.parts import begin, check_plan, clear, exchange, join, share_missing, writing
-from memorybank.ranks import barrier, current_rank, process_group
 from models import LoadedModel, weights_sha256
 from models.images import list_folder, read_image, walk_images
 from models.versions import versions

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from daam_vit.files import atomic_write
 from daam_vit.locks import hold
+from daam_vit.ranks import broadcast, current_rank
 from daam_vit.text import printable
 from memorybank.files import shown
-from memorybank.ranks import broadcast, current_rank
 from models.schema import parse_json
 from models.weights import first_line
 
