@@ -198,6 +198,8 @@ def run_student(student: nn.Module, images: Tensor, patches: Tensor) -> tuple[Te
     x, rope = student._pos_embed(student.patch_embed(images))
     prefix, middle = student.num_prefix_tokens, None
     x, rope = torch.cat([x[:, :prefix], x[:, prefix:][:, patches]], 1), rope[patches]
+    if torch.is_autocast_enabled(images.device.type):
+        rope = rope.bfloat16()  # else queries and keys become float32
     for b, block in enumerate(student.blocks):
         x = block(x, rope=rope)
         if BLOCKS[b] == MIDDLE - 1:
