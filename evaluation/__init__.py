@@ -9,6 +9,7 @@
     methods.py       the methods: maps `(B, h, w)`
     metrics.py       how good a map is: removed patches, known regions
     sanity.py        what a map depends on: weights, class, orientation
+    mosaics.py       the grid pointing game: does the map of a class lie on its photo?
     annotations.py   regions of the objects, from boxes and masks
     records.py       one line per photo, written at once
     comparison.py    means, intervals and paired tests

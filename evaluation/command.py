@@ -6,23 +6,27 @@ import argparse
 import os
 import random
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from command_line.options import Parser, find_device, number, path, precision
 from command_line.terminal import complain, say
 from daam_core import UnsupportedModel, overlay, render
+from daam_vit.ranks import current_rank, gather, on_first, shared
 from daam_vit.text import printable
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
 from evaluation.explained import Explained
 from evaluation.methods import CANDIDATES, METHODS, photo_seed
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
+from evaluation.mosaics import CONFIDENT, choose, play
 from evaluation.photos import find_photos, name_of, path_of
-from evaluation.records import RECORD, append_record, check_out, check_records, repair_records, running
+from evaluation.records import RECORD, append_record, check_out, check_ranks, check_records, repair_records, running
 from evaluation.report import write_report
 from evaluation.sanity import check, stages
 from memorybank import EMBEDDED_BANK, MemoryBank
@@ -38,6 +42,8 @@ EMBEDDED = "vit_small_patch14_caltech101"
 HELP = """the photos of docs/evaluation.md:
   python -m evaluation --model embedded --images 101_ObjectCategories --list pretrainedmodels/caltech101_held_out.txt \\
       --steps 5 --blocks 60 --dtype bfloat16 --out evaluated_caltech101
+on several GPUs or machines, which share the photos and one folder of results:
+  torchrun --standalone --nproc-per-node 4 -m evaluation ...
 To continue a run that was killed, repeat the same command. Photos come in a random order that depends on the seed,
 so an unfinished run describes a random sample."""
 
@@ -86,6 +92,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--blocks", type=count, metavar="N", help="also score the map after every block, for N photos (default: all)")
     add("--sanity", type=count, default=10, metavar="N", help=f"run the sanity checks for N photos {shown}")
+    add("--mosaics", type=number(int, 0, 10**6), default=20, metavar="N",
+        help=f"play the grid pointing game with N mosaics of four confidently classified photos {shown}")  # fmt: skip
     add(
         "--seed",
         type=count,
@@ -94,7 +102,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help=f"dtype of the model for removal curves; maps are always float32 {shown}")  # fmt: skip
+        help=f"dtype of the model for removal curves and masked photos; maps are always float32 {shown}")  # fmt: skip
     add("--out", type=path, required=True, metavar="DIR", help="folder for records, tables and pictures")
     return parser.parse_args(arguments)
 
@@ -126,10 +134,14 @@ def evaluate(options: argparse.Namespace) -> None:
     methods = find_methods(options.methods, decision)
     decision.loaded.model.requires_grad_(False)
     metadata = {"photos": len(photos), "versions": versions(*PACKAGES)}
-    with running(options.out, settings_of(options, decision, methods), metadata) as run:
-        check_records(options.out, run, found)
-        measure(options, decision, run, photos)
-    say(f"tables and pictures: {options.out}")
+    settings, first = settings_of(options, decision, methods), current_rank()[0] == 0
+    with running(options.out, settings, metadata) if first else nullcontext():
+        if first:
+            check_records(options.out, settings | metadata, found)
+        check_ranks(options.out, settings | {"images": photos})
+        measure(options, decision, methods, photos)
+        if first:
+            report(...)
 
 
 def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: list[str]) -> None:
@@ -143,9 +155,12 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
     """
     methods = run["methods"]
 
-    def explained(name: str) -> Explained:
+    def image_of(name: str) -> Tensor:
         image = decision.loaded.transform(read_image(path_of(options.images, name))).unsqueeze(0)
-        image = image.to(next(decision.loaded.model.parameters()).device)
+        return image.to(next(decision.loaded.model.parameters()).device)
+
+    def explained(name: str) -> Explained:
+        image = image_of(name)
         return Explained(decision, image, decision.shares(image).argmax(1), [name], options.seed)
 
     skipped: dict[str, str] = {}
@@ -154,6 +169,15 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
     record_each(
         checked, photos[: options.sanity], skipped, lambda i, name: {"methods": check(explained(name), methods)}
     )
+    if len(repair_records(options.out / "mosaics.jsonl")) < options.mosaics:
+        mosaics = {names[0]: names for names in find_mosaics(decision, photos, image_of, options.mosaics)}
+        try:
+            record_each(
+                options.out / "mosaics.jsonl", list(mosaics), skipped,
+                lambda i, name: play(decision, [*map(image_of, mosaics[name])], mosaics[name], methods, options.seed),
+            )  # fmt: skip
+        except UnsupportedModel as error:  # its patch grid; every photo has its record
+            complain(f"skipped: {error}")
     if skipped and not repair_records(scored):
         raise ValueError(f"images: none of the {len(photos)} photos could be scored; {next(iter(skipped.values()))}")
 
@@ -162,6 +186,27 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
         return overlay(read_image(path_of(options.images, record["photo"])), render(heat))[0]
 
     say(*write_report(options.out, picture).splitlines())
+
+
+def find_mosaics(
+    decision: Decision, photos: list[str], image_of: Callable[[str], Tensor], count: int
+) -> list[list[str]]:
+    """Return the photos of every mosaic, see `choose`; say so if there are fewer mosaics than were asked for."""
+
+    def classify(name: str) -> tuple[int, float] | None:
+        with suppress(ValueError):  # it was reported when it was scored
+            probability, index = decision.shares(image_of(name))[0].max(0)
+            return index.item(), probability.item()
+        return None
+
+    with tqdm(photos, "choosing mosaics", unit="photo", leave=False) as bar:
+        mosaics = choose(bar, classify, count)
+    if len(mosaics) < count:
+        complain(
+            f"mosaics: {len(mosaics)} instead of {count}; each needs photos of four classes, predicted with at least "
+            f"{CONFIDENT:.0%}"
+        )
+    return mosaics
 
 
 def settings_of(options: argparse.Namespace, decision: Decision, methods: list[str]) -> dict:

@@ -27,7 +27,7 @@ class Row:
     direction: str
     """Which values are better: "lower" or "higher"."""
     n: int
-    """Number of photos."""
+    """Number of photos, or mosaics."""
     mean: float
     low: float
     """Lower end of the 95 % interval of the mean."""

@@ -17,26 +17,40 @@ if TYPE_CHECKING:
 
 CONTROLS = ("random", "centre")
 """Methods that know nothing about the model; a method should be better."""
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#332288")
-"""Colours that colour-blind people can distinguish: Okabe and Ito, https://jfly.uni-koeln.de/color/; indigo by Tol."""
-OURS, VARIANTS, GREY = "#D55E00", "#E69F00", "#888888"
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#332288", "#882255", "#999933")
+"""Colours that colour-blind people can distinguish: Okabe and Ito, https://jfly.uni-koeln.de/color/; the last three by
+Tol, https://personal.sron.nl/~pault/."""
+OURS, RELEVANCE, VARIANTS, GREY = "#D55E00", "#000000", "#E69F00", "#888888"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
 
 
 def line_styles(methods: Sequence[str]) -> dict[str, dict]:
-    """Style every method: ours, the first, is thick, its variants (`<ours>-...`) share its hue, controls are grey."""
+    """Style every method.
+
+    Ours, the first, and `<ours>-relevance` are thick; the other variants `<ours>-...` share their hue, a method and its
+    `...-log-odds` their colour; controls are grey.
+    """
     ours, variants, others, controls = methods[0], [], [], []
-    for method in methods[1:]:
-        (variants if method.startswith(f"{ours}-") else controls if method in CONTROLS else others).append(method)
     styles = {ours: {"color": OURS, "linewidth": 3, "zorder": 3}}
+    for method in methods[1:]:
+        if method == f"{ours}-relevance":
+            styles[method] = {"color": RELEVANCE, "linewidth": 3, "zorder": 3}
+        else:
+            variant = method.startswith(f"{ours}-")
+            (variants if variant else controls if method in CONTROLS else others).append(method)
     for i, method in enumerate(variants):
         styles[method] = {"color": VARIANTS, "linewidth": 1.3, "linestyle": DASHES[i % len(DASHES)]}
-    for i, method in enumerate(others):
-        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+    pairs = {method: method.removesuffix("-log-odds") for method in others}
+    alone = [method for method, other in pairs.items() if other == method or other not in others]
+    for i, method in enumerate(alone):
+        dash = DASHES[i // len(COLOURS) * 2 % len(DASHES)]
         styles[method] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.3, "linestyle": dash}
+    for method, other in pairs.items():
+        if method not in styles:
+            styles[method] = styles[other] | {"linestyle": DASHES[DASHES.index(styles[other]["linestyle"]) + 1]}
     for i, method in enumerate(controls):
         styles[method] = {"color": GREY, "linewidth": 1.3, "linestyle": DASHES[1 + i % 2], "zorder": 1}
-    return styles
+    return {method: styles[method] for method in methods}
 
 
 def curves_figure(photos: Sequence[dict], run: dict) -> Figure | None:

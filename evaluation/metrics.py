@@ -34,7 +34,10 @@ SANITY: dict[str, tuple[str, str]] = {
 }
 """The same for the checks of `evaluation.sanity`."""
 
-HEADINGS = METRICS | SANITY
+MOSAICS: dict[str, tuple[str, str]] = {"pointing": ("share in the own quarter", "higher")}
+"""The same for `evaluation.mosaics`."""
+
+HEADINGS = METRICS | SANITY | MOSAICS
 
 BASELINES = ("mean", "blur")
 """What removed patches become, see `baseline`."""

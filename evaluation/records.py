@@ -3,8 +3,10 @@
     run.json        what was asked: model, photos, methods, seed, ...
     photos.jsonl    one line per photo: scores and curves of every method
     sanity.jsonl    one line per photo: rank correlations of every method
+    mosaics.jsonl   one line per mosaic, which is named by its first photo: shares of every method
 
-A line is on the disk before the next photo begins, and only one process writes at a time.
+A line is on the disk before the next photo begins. One run at a time holds the folder; under `torchrun` its ranks append
+to the same files, one after the other.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 from daam_vit.files import atomic_write
 from daam_vit.locks import hold
+from daam_vit.ranks import current_rank, gather
 from daam_vit.text import printable
 from evaluation.metrics import METRICS, SANITY
 from models.schema import parse_json
@@ -39,9 +44,15 @@ RECORD = {
     "curves": {str: {str: [float]}},
     "blocks": ([SCORES], None),
     "methods": {str: {"flip": (float, None), "class": (float, None), "randomised": ([float], None)}},
+    "photos": [str],
+    "shares": {str: [(float, None)]},
 }
-"""Schema of a line of `photos.jsonl` or `sanity.jsonl`; only the latter has "methods"."""
-REQUIRED = {"photos.jsonl": ("photo", "name", "scores"), "sanity.jsonl": ("photo", "methods")}
+"""Schema of a line of `photos.jsonl`, `sanity.jsonl` ("methods") or `mosaics.jsonl` ("photos" and "shares")."""
+REQUIRED = {
+    "photos.jsonl": ("photo", "name", "scores"),
+    "sanity.jsonl": ("photo", "methods"),
+    "mosaics.jsonl": ("photo", "photos", "shares"),
+}
 """Entries that every line must have."""
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,9 +132,20 @@ def check_records(out: Path, run: dict, photos: Iterable[str]) -> None:
                 )
 
 
+def check_ranks(out: Path, settings: dict) -> None:
+    """Wait for all ranks; raise a ValueError unless this one has the settings of the first and sees its `run.json`."""
+    rank, theirs = current_rank()[0], gather(settings)[0]
+    different = [key for key, value in settings.items() if theirs[key] != value]
+    if different:
+        raise ValueError(f"{different[0]}: rank {rank} has another one than rank 0; all machines need the same files")
+    if not (out / "run.json").is_file():
+        raise ValueError(f"out: rank {rank} does not see run.json in {printable(str(out), 150)}; all machines share it")
+
+
 def append_record(file: Path, record: dict) -> None:
-    """Append a line to a file; it is on the disk when this returns."""
-    with writing(file), open(file, "ab") as lines:
+    """Append a line to a file; it is on the disk when this returns. Several processes may do so."""
+    with writing(file), _alone(file), open(file, "a+b") as lines:
+        _cut_off(lines)
         lines.write(json.dumps(record).encode() + b"\n")
         lines.flush()
         os.fsync(lines.fileno())
@@ -134,9 +156,23 @@ def repair_records(file: Path, run: dict | None = None) -> list[dict]:
     if not file.exists():
         return []
     _check_regular(file)
-    with writing(file), open(file, "r+b") as lines:
-        lines.truncate(lines.read().rfind(b"\n") + 1)
+    with writing(file), _alone(file), open(file, "r+b") as lines:
+        _cut_off(lines)
     return read_records(file, run)
+
+
+def _alone(file: Path) -> FileLock:
+    """Return a lock for writing records: long lines of several processes may mix, above all in a network folder."""
+    return FileLock(file.with_name(".records.lock"))
+
+
+def _cut_off(lines: BinaryIO) -> None:
+    """Cut off a last line that a process which was killed left unfinished."""
+    if lines.seek(0, os.SEEK_END):
+        lines.seek(-1, os.SEEK_END)
+        if lines.read() != b"\n":
+            lines.seek(0)
+            lines.truncate(lines.read().rfind(b"\n") + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +184,7 @@ def read_records(path: str | Path, run: dict | None = None) -> list[dict]:
     """Return the records of a file, one JSON object with a "photo" per line; skip an unfinished last line.
 
     Args:
-        path: `photos.jsonl` or `sanity.jsonl`.
+        path: `photos.jsonl`, `sanity.jsonl` or `mosaics.jsonl`.
         run: `run.json`; the records must be of this run.
 
     Raises:
@@ -174,13 +210,14 @@ def read_records(path: str | Path, run: dict | None = None) -> list[dict]:
 
 def _check_run(record: dict, run: dict, source: str) -> None:
     """Raise a ValueError if a record is of a run with other methods, steps or stages, or a number is impossible."""
-    lengths = {"scores": 0, "curves": run["steps"] + 1, "methods": len(run["stages"])}
+    lengths = {"scores": 0, "curves": run["steps"] + 1, "methods": len(run["stages"]), "shares": 4}
     for entry, length in lengths.items():
         for method, values in record.get(entry, {}).items():
             place = printable(f"{entry}.{method}", 80)
             if method not in run["methods"]:
                 raise ValueError(f"{source} is of another run, which has {place}")
-            wrong = [value for value in values.values() if isinstance(value, list) and len(value) != length]
+            lists = [values] if isinstance(values, list) else values.values()
+            wrong = [value for value in lists if isinstance(value, list) and len(value) != length]
             if wrong:
                 raise ValueError(f"{source} is of another run: {place} has {len(wrong[0])} values, not {length}")
     for entry in (*lengths, "blocks"):
@@ -204,19 +241,20 @@ def _check_regular(file: Path) -> None:
         raise ValueError(f"records: {file} is not a file; move it away")
 
 
-def read_run(directory: str | Path) -> tuple[dict, list[dict], list[dict]]:
-    """Return `run.json` and the records of `photos.jsonl` and `sanity.jsonl`; the last one of every photo counts.
+def read_run(directory: str | Path) -> tuple[dict, list[dict], list[dict], list[dict]]:
+    """Return `run.json` and the records of all files in `REQUIRED`; the last one of every photo or mosaic counts.
 
     Raises:
         ValueError: if there is no run, no photo is done, or a file is damaged or of another run.
         TypeError: if `directory` is not a path.
     """
     run = read_settings(directory)
-    files = [Path(directory, "photos.jsonl"), Path(directory, "sanity.jsonl")]
-    photos, sanity = ({r["photo"]: r for r in read_records(path, run)} if path.exists() else {} for path in files)
+    files = [Path(directory, name) for name in REQUIRED]
+    read = [{r["photo"]: r for r in read_records(path, run)} if path.exists() else {} for path in files]
+    photos, sanity, mosaics = ([records[name] for name in sorted(records)] for records in read)
     if not photos:
         raise ValueError(f"directory: no photo in {directory} is done; let the evaluation run longer")
-    return run, list(photos.values()), list(sanity.values())
+    return run, photos, sanity, mosaics
 
 
 def read_settings(directory: str | Path) -> dict:
@@ -285,6 +323,20 @@ def sanity_values(sanity: Iterable[dict], methods: Sequence[str]) -> Values:
         for metric in SANITY
         for method in methods
         for record in sanity
+    )
+
+
+def mosaic_values(mosaics: Iterable[dict], methods: Sequence[str]) -> Values:
+    """Return the shares in the records of `mosaics.jsonl`, each the mean over the classes that could be explained."""
+
+    def mean(shares: list[float | None]) -> float | None:
+        known = [share for share in shares if share is not None]
+        return math.fsum(known) / len(known) if known else None
+
+    return _nested(
+        ("pointing", method, record["photo"], mean(record["shares"].get(method, [])))
+        for method in methods
+        for record in mosaics
     )
 
 

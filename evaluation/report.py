@@ -15,7 +15,7 @@ from PIL import Image
 from daam_vit.files import atomic_write
 from evaluation.comparison import statistics
 from evaluation.figures import blocks_figure, curves_figure, sanity_figure
-from evaluation.records import block_values, photo_values, read_run, sanity_values, writing
+from evaluation.records import block_values, mosaic_values, photo_values, read_run, sanity_values, writing
 from evaluation.sheet import best_first, write_sheet
 from evaluation.tables import block_tables, method_tables, to_csv
 
@@ -27,8 +27,8 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
     `sheet.png` if `picture` is passed.
 
     Args:
-        directory: folder with `run.json`, `photos.jsonl` and, if they were checked, `sanity.jsonl`. The run may be
-            unfinished.
+        directory: folder with `run.json`, `photos.jsonl` and, if they were measured, `sanity.jsonl` and
+            `mosaics.jsonl`. The run may be unfinished.
         picture: see `write_sheet`.
 
     Returns:
@@ -39,10 +39,10 @@ def write_report(directory: str | Path, picture: Callable[[dict, str], Image.Ima
         TypeError: if `directory` is not a path.
         OSError: if a file cannot be written.
     """
-    run, photos, sanity = read_run(directory)
+    run, photos, sanity, mosaics = read_run(directory)
     directory = Path(directory)
     methods, seed = run["methods"], run["seed"]
-    values = photo_values(photos, methods) | sanity_values(sanity, methods)
+    values = photo_values(photos, methods) | sanity_values(sanity, methods) | mosaic_values(mosaics, methods)
     rows = statistics(values, methods[0], seed)
     blocks = statistics(block_values(photos), seed=seed)
     texts = {"table.md": method_tables(rows, run, len(photos)), "table.csv": to_csv(rows)}

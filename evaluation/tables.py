@@ -11,11 +11,12 @@ from dataclasses import asdict, fields
 
 from daam_vit.text import printable
 from evaluation.comparison import SIGNIFICANT, Row
-from evaluation.metrics import HEADINGS
+from evaluation.metrics import HEADINGS, MOSAICS
 
 TABLES = {
     "Patches removed and put back": ("deletion_mean", "deletion_blur", "insertion_mean", "insertion_blur"),
     "Masked photo, object, sparsity": ("average_drop", "increase", "energy", "iou", "sparsity"),
+    "Grid pointing game": ("pointing",),
     "Sanity": ("randomised", "class", "flip"),
 }
 """Metrics of every Markdown table; each is narrow enough for a page."""
@@ -36,6 +37,9 @@ MEANINGS = {
     "[Transformer Interpretability](https://arxiv.org/abs/2012.09838))",
     "sparsity": "how concise the map is, not how right: its Gini index, 0 for a flat map, 1 for a single patch (Hurley "
     "and Rickard 2009, [Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
+    "pointing": "how much of the positive map of a class lies on its own photo, in a mosaic of four confidently "
+    "classified photos of different classes, mean over the four; 0.25 is chance (Böhle et al. 2021, "
+    "[CoDA-Nets](https://arxiv.org/abs/2104.00032))",
     "randomised": "absolute rank correlation with the map of the model with random weights, the same for all photos "
     "(Adebayo et al. 2018, [Sanity Checks](https://arxiv.org/abs/1810.03292))",
     "class": "rank correlation with the map of another class",
@@ -47,7 +51,7 @@ MEANINGS = {
 def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """Return a table with one row per method, in the order of `rows`, and one column for each metric that was measured.
 
-    The best mean of a column is bold; the last row counts the photos. Empty if nothing was measured.
+    The best mean of a column is bold; the last row counts the photos, or mosaics. Empty if nothing was measured.
     """
     by_name = {(row.method, row.metric): row for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows if row.metric in metrics))
@@ -57,7 +61,8 @@ def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     lines = [["", *map(_heading, metrics)]]
     for method in methods:
         lines.append([_plain(method), *(_cell(by_name.get((method, metric)), rows) for metric in metrics)])
-    lines.append(["photos", *(_count([row.n for row in rows if row.metric == metric]) for metric in metrics)])
+    counted = "mosaics" if set(metrics) <= set(MOSAICS) else "photos"
+    lines.append([counted, *(_count([row.n for row in rows if row.metric == metric]) for metric in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     padded = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
@@ -100,14 +105,16 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
         f"{photos} of {_code(run['images'])}, model {_code(run['model'])}; the maps explain the class that it predicts"
     )
     if run["dtype"] != "float32":
-        what += f"; deletion and insertion are computed in {_plain(run['dtype'])}"
+        what += f"; removed patches and masked photos are computed in {_plain(run['dtype'])}"
     notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is better."]
-    if done > 1:
-        notes += [
-            f"Mean [95 % bootstrap interval over the photos]. ▲ better than {ours}, ▼ worse: p < {SIGNIFICANT} in a "
-            "paired sign-flip permutation test with Holm's correction over the methods of a column."
-        ]
     measured = {row.metric for row in rows}
+    if done > 1:
+        or_mosaics = ", or mosaics" if measured & set(MOSAICS) else ""
+        notes += [
+            f"Mean [95 % bootstrap interval over the photos{or_mosaics}]. ▲ better than {ours}, ▼ worse: "
+            f"p < {SIGNIFICANT} in a paired sign-flip permutation test with Holm's correction over the methods of a "
+            "column."
+        ]
     meanings = [
         f"- {_words(key)}: {text}"
         for key, text in MEANINGS.items()

@@ -9,9 +9,12 @@ from tiny_records import METHODS, STAGES, make_photos, make_sanity, write_run
 
 from evaluation.comparison import statistics
 from evaluation.figures import GREY, blocks_figure, curves_figure, line_styles, sanity_figure
+from evaluation.methods import CANDIDATES
+from evaluation.methods import METHODS as ALL
 from evaluation.records import block_values
 from evaluation.sheet import best_first, write_sheet
 
+METHODS_OF_COMMAND = [method for method in ALL if method not in (*CANDIDATES, "daam-relu")]
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -23,6 +26,14 @@ def test_styles_are_all_different_and_say_who_is_who():
     assert styles["daam"]["linewidth"] > 2 * max(s["linewidth"] for name, s in styles.items() if name != "daam")
     assert {name for name, s in styles.items() if s["color"] == GREY} == {"random", "centre"}
     assert all(styles[name]["linestyle"] != "-" for name in ("random", "centre"))
+
+
+def test_the_methods_of_the_command_can_be_told_apart():
+    styles = line_styles([*METHODS_OF_COMMAND])
+    assert len({(s["color"], str(s.get("linestyle"))) for s in styles.values()}) == len(METHODS_OF_COMMAND)
+    assert [method for method, style in styles.items() if style["linewidth"] > 2] == ["daam", "daam-relevance"]
+    assert styles["gae"]["color"] == styles["gae-log-odds"]["color"]
+    assert list(line_styles(["gae-log-odds", "daam", "x-log-odds"])) == ["gae-log-odds", "daam", "x-log-odds"]
 
 
 def test_figures_draw_the_means(tmp_path):

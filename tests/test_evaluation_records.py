@@ -9,6 +9,7 @@ import pytest
 from evaluation.records import (
     append_record,
     block_values,
+    mosaic_values,
     photo_values,
     read_records,
     repair_records,
@@ -47,6 +48,8 @@ def test_a_last_line_that_was_cut_is_dropped(tmp_path):
             b'{"photo": "b", "methods": {"daam": {"randomised": [true]}}}',
             "methods.daam.randomised[0] should be a number",
         ),
+        (b'{"photo": "b", "photos": "b"}', 'photos should be a list, got "b"'),
+        (b'{"photo": "b", "shares": {"daam": ["1"]}}', 'shares.daam[0] should be a number or null, got "1"'),
     ],
 )
 def test_another_line_that_cannot_be_read(tmp_path, line, reason):
@@ -64,7 +67,7 @@ def test_another_line_that_cannot_be_read(tmp_path, line, reason):
         read_records(path)
 
 
-@pytest.mark.parametrize("name", ["photos.jsonl", "sanity.jsonl"])
+@pytest.mark.parametrize("name", ["photos.jsonl", "sanity.jsonl", "mosaics.jsonl"])
 def test_records_that_are_not_a_file(tmp_path, name):
     """A pipe would be read for ever."""
     os.mkfifo(tmp_path / name)
@@ -97,6 +100,8 @@ def test_values_by_metric_method_and_photo():
     sanity = [{"photo": "a", "methods": {"daam": {"flip": 0.9, "class": None, "randomised": [0.8, 0.3]}}}]
     assert sanity_values(sanity, ["daam"]) == {"randomised": {"daam": {"a": 0.3}}, "flip": {"daam": {"a": 0.9}}}
     assert sanity_values([{"photo": "a", "methods": {"daam": {"randomised": []}}}], ["daam"]) == {}
+    mosaics = [{"photo": "a", "photos": ["a"], "shares": {"daam": [0.2, None, 0.4, 0.9], "rollout": [None] * 4}}]
+    assert mosaic_values(mosaics, ["daam", "rollout", "other"]) == {"pointing": {"daam": {"a": pytest.approx(0.5)}}}
     inverted = [{"photo": "a", "methods": {"daam": {"randomised": [0.8, -0.3]}}}]
     assert sanity_values(inverted, ["daam"]) == {"randomised": {"daam": {"a": 0.3}}}
 

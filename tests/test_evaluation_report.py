@@ -10,7 +10,7 @@ import os
 
 import pytest
 from PIL import Image
-from tiny_records import make_photos, make_sanity, write_run
+from tiny_records import make_mosaics, make_photos, make_sanity, write_run
 
 from evaluation.report import write_report
 
@@ -44,6 +44,17 @@ def test_the_whole_report(tmp_path):
     again = {name: (tmp_path / name).read_bytes() for name in names}
     write_report(tmp_path, red_picture)
     assert again == {name: (tmp_path / name).read_bytes() for name in names}
+
+
+def test_the_table_of_mosaics(tmp_path):
+    """Its rows count mosaics, and every mosaic counts once: the mean over its classes that could be explained."""
+    write_run(tmp_path, make_photos(2), mosaics=make_mosaics(9))
+    markdown = write_report(tmp_path)
+    table = markdown.split("**Grid pointing game**\n\n")[1].split("\n\n")[0].splitlines()
+    rows = {cells[0]: cells[1] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table)}
+    assert rows[""] == "share in the own quarter ↑" and rows["mosaics"] == "9" and "photos" not in rows
+    assert rows["daam"].startswith("**0.450** [0.450, 0.450]") and rows["random"] == "0.337 [0.337, 0.337] ▼"
+    assert "- share in the own quarter: how much of the positive map" in markdown
 
 
 def test_one_photo_has_means_and_no_intervals(tmp_path):
@@ -192,10 +203,15 @@ def test_a_damaged_run(path, new, reason, tmp_path):
         ("sanity.jsonl", [1, "methods"], ..., "has no 'methods'"),
         ("sanity.jsonl", [1, "methods", "gae"], {}, "is of another run, which has methods.gae"),
         ("sanity.jsonl", [1, "methods", "daam", "randomised"], [1], "methods.daam has 1 values, not 3"),
+        ("mosaics.jsonl", [1, "shares"], ..., "has no 'shares'"),
+        ("mosaics.jsonl", [1, "photos"], ..., "has no 'photos'"),
+        ("mosaics.jsonl", [1, "shares", "gae"], [0.2] * 4, "is of another run, which has shares.gae"),
+        ("mosaics.jsonl", [1, "shares", "daam"], [0.2] * 3, "shares.daam has 3 values, not 4"),
+        ("mosaics.jsonl", [1, "shares", "daam", 2], 4, "shares has 4, but shares and correlations"),
     ],
 )
 def test_records_of_another_run(file, path, new, reason, tmp_path):
-    write_run(tmp_path, make_photos(3), make_sanity(3))
+    write_run(tmp_path, make_photos(3), make_sanity(3), mosaics=make_mosaics(3))
     records = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
     lines = [json.dumps(record) for record in changed(records, path, new)]
     (tmp_path / file).write_text("\n".join(lines) + "\n")

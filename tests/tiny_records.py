@@ -38,12 +38,20 @@ def make_sanity(n, methods=METHODS):
     ]
 
 
-def write_run(folder, photos, sanity=(), methods=METHODS, total=20):
+def make_mosaics(n, methods=METHODS):
+    """Make records of mosaics: ours is best, and the others are about chance."""
+    shares = {m: [0.6 - 0.1 * (i > 0), 0.5 - 0.08 * i, None, 0.25] for i, m in enumerate(methods)}
+    names = [[f"cup/{4 * i + j}.jpg" for j in range(4)] for i in range(n)]
+    return [{"photo": four[0], "photos": four, "classes": ["cup"] * 4, "shares": shares} for four in names]
+
+
+def write_run(folder, photos, sanity=(), methods=METHODS, total=20, mosaics=()):
     run = {"model": "tiny", "checkpoint": None, "images": "photos", "photos": total, "methods": methods}
     run |= {"baselines": ["mean", "blur"], "steps": 4, "dtype": "float32", "seed": 0}
     run |= {"sanity": len(sanity), "stages": STAGES}
     (folder / "run.json").write_text(json.dumps(run | {"versions": {}}))
     (folder / "photos.jsonl").write_text("".join(json.dumps(record) + "\n" for record in photos))
-    if sanity:
-        (folder / "sanity.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sanity))
+    for name, records in {"sanity": sanity, "mosaics": mosaics}.items():
+        if records:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run
