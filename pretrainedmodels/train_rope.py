@@ -8,8 +8,8 @@ from those of some blocks of the embedded classifier, which makes no working mod
 labels, from the probabilities of the embedded classifier, and from its tokens after `MIDDLE` blocks. The photos and the
 split are those of `train_caltech101.py`.
 
-The tokens are computed only once. The model sees a few of the patches, and in the last epoch half of them. The state is
-saved in the folder `--work` after every epoch, and the same command resumes from there. The results are in
+Tokens and probabilities are computed only once. The model sees a few of the patches, and in the last epoch half of them.
+The state is saved in the folder `--work` after every epoch, and the same command resumes from there. The results are in
 `vit_small_patch14_rope_caltech101.md`.
 """
 
@@ -81,10 +81,17 @@ def decode(photos: list, size: int, path: Path) -> np.ndarray:
 
 
 @torch.inference_mode()
-def predict(teacher: nn.Module, tokens: np.ndarray, device: str) -> Tensor:
-    """Return the log-probabilities `(M, K)` of the teacher from its tokens after MIDDLE blocks."""
-    batches = (torch.from_numpy(np.array(tokens[i : i + 64])).to(device).float() for i in range(0, len(tokens), 64))
-    return torch.cat([scores(teacher, MIDDLE, batch).float().log_softmax(1).cpu() for batch in batches])
+def predict(teacher: nn.Module, tokens: np.ndarray, path: Path, device: str) -> Tensor:
+    """Return the log-probabilities `(M, K)` of the teacher from its tokens after MIDDLE blocks, stored in `path`.
+
+    They are computed if the file does not exist.
+    """
+    if not path.exists():
+        batches = (torch.from_numpy(np.array(tokens[i : i + 64])).to(device).float() for i in range(0, len(tokens), 64))
+        logits = torch.cat([scores(teacher, MIDDLE, batch).float().cpu() for batch in batches])
+        with atomic_write(path) as part:
+            torch.save(logits.log_softmax(1), part)
+    return torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
@@ -251,7 +258,7 @@ def main() -> None:
     photos = Pixels(decode(train, teacher.size[0], args.work / "pixels.npy"), **colours)
     with torch.autocast(torch.device(args.device).type, torch.bfloat16):
         tokens = encode(teacher.model, MIDDLE, photos, args.work / "tokens.npy", args.device, args.workers)
-        log_probabilities = predict(teacher.model, tokens, args.device)
+        log_probabilities = predict(teacher.model, tokens, args.work / "predictions.pth", args.device)
     labels, test_labels = (torch.tensor([label for _, label in items]) for items in (train, held_out))
     training = Distillation(build_student(args, teacher, photos), args, photos, labels, tokens, log_probabilities)
     shown = Photos(held_out, teacher.transform)
