@@ -10,7 +10,7 @@ torch is only imported for several ranks, because that takes seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,9 +96,9 @@ def barrier() -> None:
     gather(None)
 
 
-def broadcast(value: T) -> T:
-    """Return the value of the first rank on every rank."""
-    return gather(value if _rank == 0 else None)[0]
+def on_first(compute: Callable[[], T]) -> T:
+    """Call a function on the first rank, and return the result on every rank."""
+    return gather(compute() if _rank == 0 else None)[0]
 
 
 def shared(items: Sequence[T], name: str) -> Iterator[tuple[int, T]]:

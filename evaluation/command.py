@@ -135,17 +135,15 @@ def evaluate(options: argparse.Namespace) -> None:
     decision.loaded.model.requires_grad_(False)
     metadata = {"photos": len(photos), "versions": versions(*PACKAGES)}
     settings, first = settings_of(options, decision, methods), current_rank()[0] == 0
-    with running(options.out, settings, metadata) if first else nullcontext():
+    with running(options.out, settings, metadata) if first else nullcontext(settings | metadata) as run:
         if first:
-            check_records(options.out, settings | metadata, found)
+            check_records(options.out, run, found)
         check_ranks(options.out, settings | {"images": photos})
-        measure(options, decision, methods, photos)
-        if first:
-            report(...)
+        measure(options, decision, run, photos)
 
 
 def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: list[str]) -> None:
-    """Record the photos that have no record yet, and write the report.
+    """Record the photos that have no record yet, and write the report. Ranks share the photos; the first one reports.
 
     Args:
         options: from `parse_options`.
@@ -169,8 +167,9 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
     record_each(
         checked, photos[: options.sanity], skipped, lambda i, name: {"methods": check(explained(name), methods)}
     )
-    if len(repair_records(options.out / "mosaics.jsonl")) < options.mosaics:
-        mosaics = {names[0]: names for names in find_mosaics(decision, photos, image_of, options.mosaics)}
+    if on_first(lambda: len(repair_records(options.out / "mosaics.jsonl"))) < options.mosaics:
+        chosen = on_first(lambda: find_mosaics(decision, photos, image_of, options.mosaics))
+        mosaics = {names[0]: names for names in chosen}
         try:
             record_each(
                 options.out / "mosaics.jsonl", list(mosaics), skipped,
@@ -178,6 +177,8 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
             )  # fmt: skip
         except UnsupportedModel as error:  # its patch grid; every photo has its record
             complain(f"skipped: {error}")
+    if current_rank()[0] > 0:
+        return
     if skipped and not repair_records(scored):
         raise ValueError(f"images: none of the {len(photos)} photos could be scored; {next(iter(skipped.values()))}")
 
@@ -185,7 +186,7 @@ def measure(options: argparse.Namespace, decision: Decision, run: dict, photos: 
         heat = METHODS[method](explained(record["photo"])).float().clamp(min=0).cpu()
         return overlay(read_image(path_of(options.images, record["photo"])), render(heat))[0]
 
-    say(*write_report(options.out, picture).splitlines())
+    say(*write_report(options.out, picture).splitlines(), f"tables and pictures: {options.out}")
 
 
 def find_mosaics(
@@ -229,32 +230,40 @@ def settings_of(options: argparse.Namespace, decision: Decision, methods: list[s
 
 
 def record_each(file: Path, photos: list[str], skipped: dict[str, str], measure: Callable[[int, str], dict]) -> None:
-    """Append a record for every photo that the file does not have yet.
+    """Append a record for every photo that the file does not have yet. Ranks share the photos, and end together.
 
     Args:
         file: see `evaluation.records`.
         photos: names.
-        skipped: gets the photos that could not be measured, and why; each is reported once.
+        skipped: gets the photos that could not be measured, by any rank, and why; each is reported once.
         measure: place in `photos` and name -> what is recorded.
 
     Raises:
         UnsupportedModel: if the model, and so every photo, is refused.
     """
-    done = {record["photo"] for record in repair_records(file)}
+    done = on_first(lambda: {record["photo"] for record in repair_records(file)})
     todo = [(i, name) for i, name in enumerate(photos) if name not in done]
-    with tqdm(total=len(photos), initial=len(photos) - len(todo), desc=file.stem, unit="photo") as bar:
-        for i, name in todo:
+    before, hidden, refused = len(photos) - len(todo), current_rank()[0] > 0, ""
+    with tqdm(total=len(photos), initial=before, desc=file.stem, unit="photo", disable=hidden) as bar:
+        for place, (i, name) in shared(todo, file.name):
+            bar.update(before + place - bar.n)  # those that other ranks took
             try:
                 record = {"photo": name} | measure(i, name)
                 check_schema(record, RECORD, f"records: {printable(name, 80)}")  # a value may be NaN
                 append_record(file, record)
-            except UnsupportedModel:
-                raise
+            except UnsupportedModel as error:
+                refused = str(error)
+                break
             except ValueError as error:
                 if name not in skipped:
                     complain(f"skipped: {error}")
                 skipped[name] = str(error)
             bar.update()
+        for its_refused, its_skipped in gather((refused, dict(skipped))):
+            if its_refused:
+                raise UnsupportedModel(its_refused)
+            skipped |= its_skipped
+        bar.update(len(photos) - bar.n)
 
 
 def score(explained: Explained, methods: list[str], options: argparse.Namespace, i: int) -> dict:

@@ -5,8 +5,8 @@
     sanity.jsonl    one line per photo: rank correlations of every method
     mosaics.jsonl   one line per mosaic, which is named by its first photo: shares of every method
 
-A line is on the disk before the next photo begins. One run at a time holds the folder; under `torchrun` its ranks append
-to the same files, one after the other.
+A line is on the disk before the next photo begins. One run at a time holds the folder; the ranks of a run append to the
+same files, one after the other.
 """
 
 from __future__ import annotations

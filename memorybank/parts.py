@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from daam_vit.files import atomic_write
 from daam_vit.locks import hold
-from daam_vit.ranks import broadcast, current_rank
+from daam_vit.ranks import current_rank, on_first
 from daam_vit.text import printable
 from memorybank.files import shown
 from models.schema import parse_json
@@ -107,7 +107,7 @@ def _part(parts: Path, split: str, batch: int) -> Path:
 
 def share_missing(parts: Path, split: str, batches: list[range]) -> dict[Path, range]:
     """Return the missing parts of a split that this rank has to write, and the images of each."""
-    missing = broadcast([n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
+    missing = on_first(lambda: [n for n in range(len(batches)) if not _part(parts, split, n).is_file()])
     rank, ranks = current_rank()
     if rank == 0 and 0 < len(missing) < len(batches):
         total = sum(map(len, batches))
