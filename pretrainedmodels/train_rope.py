@@ -8,7 +8,7 @@ from those of some blocks of the embedded classifier, which makes no working mod
 labels, from the probabilities of the embedded classifier, and from its tokens after `MIDDLE` blocks. The photos and the
 split are those of `train_caltech101.py`.
 
-Tokens and probabilities are computed only once. The model sees a few of the patches, and in the last epoch half of them.
+Tokens and probabilities are computed only once. The model sees a few of the patches, in the last epoch half of them.
 The state is saved in the folder `--work` after every epoch, and the same command resumes from there. The results are in
 `vit_small_patch14_rope_caltech101.md`.
 """
