@@ -39,21 +39,16 @@ from daam_vit.inputs import (
     unusual_kind,
 )
 from daam_vit.text import printable
-from memorybank.files import TILE, read_metadata, read_pair, shown
+from memorybank.files import read_metadata, read_pair, shown
+from memorybank.search import mean_rows, nearest_rows
 from models.weights import usable_device
 
 __all__ = ["MIN_TEMPERATURE", "MemoryBank", "Vote", "read_pair"]
 
 EMBEDDED_BANK = Path(__file__).parent / "embedded"
 """Folder of the bank that is stored in the repository."""
-SLAB = 64
-"""Rows of each matrix product in a batched product of `TILE` rows.
-
-The products are small so that they run on all cores; one large product with a single query would run on one."""
 IMAGENET = "ImageNet2012"
 """Name of the folder in `memorybank/DINO` whose banks `<model>` have no bank.json and hold ImageNet."""
-SPAN = 1 << 22
-"""Similarities that are computed before the best are selected (16 MB)."""
 
 
 @dataclass(frozen=True)
@@ -205,27 +200,12 @@ class MemoryBank:
             ValueError: if the width differs, a feature is zero, a feature or the bank is not finite, or k is not
                 in 1..M.
         """
-        query = self._queries(features)  # (B, D)
-        (batch, width), rows = query.shape, len(self.features)
+        query, rows = self._queries(features), len(self.features)  # (B, D)
         if (k := check_integer("k", k, 1)) > rows:
             raise ValueError(f"k: expected 1 to {rows}, the number of features in {shown(self.directory)}, got {k}")
-        span = max(TILE, min(SPAN // batch, rows + TILE - 1) // TILE * TILE)
-        tile, cosines = query.new_empty(TILE // SLAB, SLAB, width), query.new_empty(span // SLAB, SLAB, batch)
-        queries = query.T.expand(len(tile), width, batch)
-        best, index = query.new_empty(0, batch), query.new_empty(0, batch, dtype=torch.long)
-        for start in range(0, rows, span):
-            part = self.features[start : start + span]
-            for i in range(0, len(part), TILE):
-                some = part[i : i + TILE]
-                tile.view(TILE, width)[: len(some)] = some
-                torch.bmm(tile, queries, out=cosines[i // SLAB : (i + TILE) // SLAB])
-            top, place = cosines.view(span, batch)[: len(part)].topk(min(k, len(part)), dim=0)
-            best, index = torch.cat([best, top]), torch.cat([index, place + start])
-            best, place = best.topk(min(k, len(best)), dim=0)
-            index = index.gather(0, place)
-        if not torch.isfinite(best).all():  # topk treats NaN as the largest value
-            raise ValueError(f"bank: {shown(self.directory)} has NaN or infinite values; build it again")
-        return best.T.to(features.device), index.T.to(features.device)
+        cosines, nearest = nearest_rows(self.features, query, k)  # (B, k) twice
+        self._check_finite(cosines)
+        return cosines.to(features.device), nearest.to(features.device)
 
     def _queries(self, features: Tensor) -> Tensor:
         """Return features, `(B, D)` or `(D,)`, L2-normalised on the device of the bank: `(B, D)` float32."""
@@ -317,44 +297,56 @@ class MemoryBank:
     ) -> Tensor:
         """Compute the gradient of the log-odds of a class, for `attention_flow(importance=..., variant="relevance")`.
 
-        All rows z of the bank vote, those of the class and the others: Y = log sum_in exp(cos / T) - log sum_out
-        exp(cos / T), and with the length of the feature f taken as a constant
+        All rows z of the bank vote, not only the nearest: those of the class for it, the others against it. With the
+        length of the feature f as a constant, as the relevance flow takes the scale of a normalisation,
 
-            dY/df = (sum_in w z - sum_out w z) / (T |f|),    w = softmax(cos / T) within each sum.
+            Y = log sum_in exp(cos / T) - log sum_out exp(cos / T),    cos = f . z / |f|
+            dY/df = (sum_in w z - sum_out w z) / (T |f|),              w = softmax(cos / T) within each sum
+
+        With |f| as a variable, the part of dY/df along f would be missing, and so f . dY/df, the relevance that is
+        sent back, would be zero.
 
         Args:
-            features: `(B, D)`, or `(D,)` for one feature; only their directions count for the votes.
-            k: number of neighbours that decide on the class if `target` is None, as in `classify`.
-            temperature: T.
-            target: the class, one for all images or `(B,)`.
+            features: `(B, D)`, or `(D,)` for one feature; they need not be normalised.
+            k: number of neighbours that decide on the class, as in `classify`; without effect if `target` is passed.
+            temperature: T; the lower, the more the nearest rows of each of the two sums count.
+            target: the class, one for all images or `(B,)`; None for the class that `classify` predicts.
 
         Returns:
             `(B, D)` float32, on the device of the features.
 
         Raises:
+            TypeError: as in `nearest`; also if the temperature is not a number.
             ValueError: as in `classify`; also if `target` is out of range, or no row or every row belongs to it.
         """
         f = self._queries(features)  # (B, D)
         check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
         classes = self.classify(features, k, temperature).prediction if target is None else target
-        classes = self._classes(classes, len(f)).to(self.labels.device)
-        largest = f.new_full((2, len(f)), torch.finfo(f.dtype).min)  # of cos / T so far, inside and outside the class
-        total, weighted = f.new_zeros(2, len(f)), f.new_zeros(2, *f.shape)  # sums of exp, and of exp z
-        for start in range(0, len(self.features), TILE):
-            z = self.features[start : start + TILE].float()  # (n, D)
-            inside = self.labels[start : start + TILE] == classes.unsqueeze(1)  # (B, n)
-            logits = (f @ z.T / temperature).masked_fill(~torch.stack([inside, ~inside]), -torch.inf)  # (2, B, n)
-            before, largest = largest, logits.amax(2).maximum(largest)
-            kept, w = (before - largest).exp(), (logits - largest.unsqueeze(2)).exp()  # (2, B), (2, B, n)
-            total = total * kept + w.sum(2)
-            weighted = weighted * kept.unsqueeze(2) + w @ z
-        for counts, what in zip((total > 0).unbind(0), ("no feature of", "features only of")):
-            if not counts.all():
-                name = printable(self.class_name(int(classes[int(counts.logical_not().nonzero()[0])])), 80)
-                raise ValueError(f"target: {shown(self.directory)} has {what} the class {name}; name another class")
-        means = weighted / total.unsqueeze(2)  # (2, B, D)
-        length = features.to(f).reshape(f.shape).norm(dim=1, keepdim=True)
-        return ((means[0] - means[1]) / (temperature * length)).to(features.device)
+        classes = self._classes(classes, len(f)).to(self.labels.device)  # (B,)
+        self._check_sides(classes)
+        inside, outside = mean_rows(self.features, self.labels, f, classes, temperature)  # (B, D) twice
+        length = features.to(f).view_as(f).norm(dim=1, keepdim=True)  # (B, 1)
+        gradient = (inside - outside) / (temperature * length)  # (B, D)
+        self._check_finite(gradient)
+        return gradient.to(features.device)
+
+    def _check_sides(self, classes: Tensor) -> None:
+        """Raise a ValueError unless the bank has rows of each of the classes, and rows of others."""
+        counts = self.labels.bincount(minlength=self.num_classes)[classes]  # (B,)
+        for c, count in zip(classes.tolist(), counts.tolist()):
+            bank, name = shown(self.directory), printable(self.class_name(c), 80)
+            if not count:
+                raise ValueError(f"target: {bank} has no feature of the class {name}; name another class")
+            if count == len(self.labels):
+                raise ValueError(
+                    f"bank: {bank} has features of the class {name} only, so that there are no odds; "
+                    f"build one of two classes or more"
+                )
+
+    def _check_finite(self, values: Tensor) -> None:
+        """Raise a ValueError unless what was computed from the rows of the bank is finite."""
+        if not values.isfinite().all():
+            raise ValueError(f"bank: {shown(self.directory)} has NaN or infinite values; build it again")
 
     def _classes(self, target: int | Tensor, batch: int) -> Tensor:
         try:
