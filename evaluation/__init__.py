@@ -7,6 +7,7 @@
     decision.py      what is explained: the class of a photo, its probability, its gradient
     explained.py     a batch of photos with the attention behind its score
     methods.py       the methods: maps `(B, h, w)`
+    ablation.py      the relevance flow without one of its rules or choices
     metrics.py       how good a map is: removed patches, known regions
     sanity.py        what a map depends on: weights, class, orientation
     mosaics.py       the grid pointing game: does the map of a class lie on its photo?

@@ -22,7 +22,7 @@ from daam_vit.text import printable
 from evaluation.annotations import region_of
 from evaluation.decision import Decision
 from evaluation.explained import Explained
-from evaluation.methods import CANDIDATES, METHODS, photo_seed
+from evaluation.methods import EXTRA, GROUPS, METHODS, photo_seed
 from evaluation.metrics import BASELINES, area, localisation, masked_photo, removal_curves, sparsity
 from evaluation.mosaics import CONFIDENT, choose, play
 from evaluation.photos import find_photos, name_of, path_of
@@ -79,7 +79,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="boxes (XML of VOC or ImageNet) or masks (PNG), named like the photos")  # fmt: skip
     add("--limit", type=number(int, 1, 10**9), metavar="N", help="use N of the photos, chosen at random (default: all)")
     add("--methods", nargs="+", default=["all"], metavar="METHOD",
-        help=f"all (default), candidates (more variants of daam), or names; daam always runs: {', '.join(METHODS)}",
+        help="all (default), candidates (more variants of daam), ablation (variants of daam-relevance), or names; daam "
+        f"always runs: {', '.join(METHODS)}",
     )  # fmt: skip
     add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES),
         help="what removed patches become: the mean colour, or the blurred photo (default: both)")  # fmt: skip
@@ -305,14 +306,14 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
 
 def find_methods(words: list[str], decision: Decision) -> list[str]:
     """Return the methods that --methods names; ours is always one of them, as the others are compared with it."""
-    unknown = [word for word in words if word not in (*METHODS, "all", "candidates")]
+    unknown = [word for word in words if word not in (*METHODS, *GROUPS, "all")]
     if unknown:
         raise ValueError(
-            f"methods: {printable(unknown[0], 80)!r} is unknown; choose from all, candidates, {', '.join(METHODS)}"
+            f"methods: {printable(unknown[0], 80)!r} is unknown; choose from {', '.join(['all', *GROUPS, *METHODS])}"
         )
     as_ours = "daam-relu" if decision.bank is None else "daam-signed"
-    all_of_them = [method for method in METHODS if method not in (*CANDIDATES, as_ours)]
-    words = [w for word in words for w in {"all": all_of_them, "candidates": CANDIDATES}.get(word, [word])]
+    all_of_them = [method for method in METHODS if method not in EXTRA | {as_ours}]
+    words = [w for word in words for w in (GROUPS | {"all": all_of_them}).get(word, [word])]
     return list(dict.fromkeys(["daam", *words]))
 
 

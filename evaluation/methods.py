@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from daam_core import UnsupportedModel, accumulate
 from daam_vit.state import hooks
+from evaluation.ablation import ABLATION
 from evaluation.decision import BATCH
 from evaluation.explained import WAY_OUT, BlockRecorder, Explained
 
@@ -303,8 +304,14 @@ METHODS: dict[str, Callable[[Explained], Tensor]] = {
     "integrated-gradients": integrated_gradients,
     "random": random,
     "centre": centre,
+    **ABLATION,
 }
 """All methods by the names that --methods accepts."""
 
-CANDIDATES = ["daam-net", "daam-share", "daam-projection", "daam-residual"]
-"""More variants, which are not part of "all"; docs/evaluation.md discusses them."""
+GROUPS = {
+    "candidates": ["daam-net", "daam-share", "daam-projection", "daam-residual"],
+    "ablation": ["daam-relevance", "attnlrp", *ABLATION],
+}
+"""Groups of variants, which --methods also accepts; docs/evaluation.md discusses them."""
+EXTRA = {*GROUPS["candidates"], *ABLATION}
+"""Methods that are not part of "all"."""

@@ -388,7 +388,8 @@ def test_all_methods_with_a_memory_bank(some, evaluate, tmp_path):
     backbone = write_backbone(tmp_path / "small.safetensors")
     bank = write_bank(tmp_path / "bank", rows(60, BACKBONE["embed_dim"]), torch.arange(60) % 4)
     result = evaluate("--checkpoint", backbone, "--bank", bank, "--images", some, "--limit", 2, *QUICK,
-                      "--methods", "all", "candidates", "--sanity", 0, "--out", tmp_path / "out")  # fmt: skip
+                      "--methods", "all", "candidates", "ablation", "--sanity", 0,
+                      "--out", tmp_path / "out")  # fmt: skip
     assert result.returncode == 0, result.stderr
     for record in lines(tmp_path / "out" / "photos.jsonl"):
         assert set(record["scores"]) == set(METHODS) - {"daam-signed"}  # the same as daam without a classifier
@@ -415,7 +416,7 @@ PATHS = ["--images", "--out", "--list", "--annotations", "--checkpoint", "--bank
         (["--images", "tests"], "images: the folder tests has no images"),
         (
             ["--methods", "saliency"],
-            f"methods: 'saliency' is unknown; choose from all, candidates, {', '.join(METHODS)}",
+            f"methods: 'saliency' is unknown; choose from all, candidates, ablation, {', '.join(METHODS)}",
         ),
         (["--model", "no_such_model"], "model: "),
         (["--bank", "memorybank/embedded"], "bank: vit_small_patch14_caltech101 has a classifier, whose scores are "),
@@ -432,7 +433,7 @@ PATHS = ["--images", "--out", "--list", "--annotations", "--checkpoint", "--bank
         (["--mosaics", "half"], "argument --mosaics: expected 0 to "),
         (["--seed", "-1"], "argument --seed: expected 0 to "),
         (["--images", "x" * 5000], "images: there is no folder xxx"),
-        (["--methods", "x" * 5000], "is unknown; choose from all, candidates, "),
+        (["--methods", "x" * 5000], "is unknown; choose from all, candidates, ablation, "),
         (["--device", "tpu"], "device: 'tpu' cannot be used"),
         *(([name, " "], f"argument {name}: ' ' is no path; pass the name of a file or a folder") for name in PATHS),
     ],

@@ -9,12 +9,12 @@ from tiny_records import METHODS, STAGES, make_photos, make_sanity, write_run
 
 from evaluation.comparison import statistics
 from evaluation.figures import GREY, blocks_figure, curves_figure, line_styles, sanity_figure
-from evaluation.methods import CANDIDATES
+from evaluation.methods import EXTRA, GROUPS
 from evaluation.methods import METHODS as ALL
 from evaluation.records import block_values
 from evaluation.sheet import best_first, write_sheet
 
-METHODS_OF_COMMAND = [method for method in ALL if method not in (*CANDIDATES, "daam-relu")]
+METHODS_OF_COMMAND = [method for method in ALL if method not in EXTRA | {"daam-relu"}]
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -28,9 +28,16 @@ def test_styles_are_all_different_and_say_who_is_who():
     assert all(styles[name]["linestyle"] != "-" for name in ("random", "centre"))
 
 
-def test_the_methods_of_the_command_can_be_told_apart():
+@pytest.mark.parametrize(
+    "methods", [METHODS_OF_COMMAND, ["daam", *GROUPS["candidates"]], ["daam", *GROUPS["ablation"]]]
+)
+def test_the_lines_of_a_figure_can_be_told_apart(methods):
+    styles = line_styles(methods)
+    assert len({(s["color"], str(s.get("linestyle"))) for s in styles.values()}) == len(methods)
+
+
+def test_the_relevance_flow_stands_out():
     styles = line_styles([*METHODS_OF_COMMAND])
-    assert len({(s["color"], str(s.get("linestyle"))) for s in styles.values()}) == len(METHODS_OF_COMMAND)
     assert [method for method, style in styles.items() if style["linewidth"] > 2] == ["daam", "daam-relevance"]
     assert styles["gae"]["color"] == styles["gae-log-odds"]["color"]
     assert list(line_styles(["gae-log-odds", "daam", "x-log-odds"])) == ["gae-log-odds", "daam", "x-log-odds"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from plain_relevance import PlainRelevance
 from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_decisions import decision_of, explained_of, small_bank
 from tiny_models import TINY, random_images, tiny_timm, tiny_vit
@@ -136,37 +137,10 @@ def test_methods_for_the_log_odds(case):
     assert not torch.allclose(METHODS["gae-log-odds"](explained), METHODS["gae"](explained), rtol=0.01)
 
 
-def share(x, kept):
-    """The identity, whose gradient is multiplied by a number."""
-    return kept * x + (1 - kept) * x.detach()
-
-
-def plain_relevance(model, images, classes):
-    """R_b of every block, `(B, L, N)`, by a forward whose plain gradient follows the rules of AttnLRP."""
-
-    def norm(module, x):
-        centred = x - x.mean(-1, keepdim=True)
-        scale = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt().detach()
-        return centred / scale * module.weight + module.bias
-
-    x = model._pos_embed(model.patch_embed(images))
-    entered = []
-    for block in model.blocks:
-        entered.append(x)
-        q, k, v = block.attn.qkv(norm(block.norm1, x)).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
-        A = (share(q, 0.25) @ share(k, 0.25).transpose(2, 3) / 12**0.5).softmax(3)
-        x = x + block.ls1(block.attn.proj((A @ share(v, 0.5)).transpose(1, 2).flatten(2)))
-        hidden = block.mlp.fc1(norm(block.norm2, x))
-        x = x + block.ls2(block.mlp.fc2(hidden * (nn.functional.gelu(hidden) / hidden).detach()))
-    p = model.head(norm(model.norm, x)[:, 0]).softmax(1)[range(len(classes)), classes]
-    gradients = torch.autograd.grad((p.log() - (1 - p).log()).sum(), entered)
-    return torch.stack([(x * g).sum(2) for x, g in zip(entered, gradients)], 1)
-
-
 def test_relevance_and_attnlrp(case):
     """Signed: R_1 alone, and the sum over all blocks."""
     model, explained, _, prefix = case
-    R = plain_relevance(model, explained.images, [3, 1])[:, :, prefix:].unflatten(2, (4, 4))
+    R = PlainRelevance(model, explained.images, [3, 1]).tokens()[:, :, prefix:].unflatten(2, (4, 4))
     close(METHODS["attnlrp"](explained), R[:, 0])
     close(METHODS["daam-relevance"](explained), R.sum(1))
     assert (R[:, 0] < 0).any() and (R.sum(1) < 0).any()
