@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointError
 from daam_vit.inputs import UnsupportedModel
 from daam_vit.libraries import failure
 from daam_vit.plan import AttentionLayer
+from daam_vit.rules import Rules
 from daam_vit.state import Hook, eval_mode, hooks
 
 
@@ -77,8 +78,8 @@ class AttentionRecorder(TorchFunctionMode):
         """Record these layers; see `OnGradient` and `OnOutput`."""
         super().__init__()
         self.layers, self.on_gradient, self.on_output = layers, on_gradient, on_output
-        self.rules: TorchFunctionMode | None = None
-        """Sees every torch function after this recorder, in the form in which it is computed."""
+        self.rules: Rules | None = None
+        """Rules of the backward, in place of the gradient; they see every torch function as this recorder calls it."""
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
         """Every T at which the graph begins."""
@@ -107,7 +108,10 @@ class AttentionRecorder(TorchFunctionMode):
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """Call a function that runs the attached model, and record its attention."""
         with self.recording(self.layers):
-            return forward(*args)
+            output = forward(*args)
+        if self.rules is not None:
+            self.rules.check(output)
+        return output
 
     @contextmanager
     def recording(self, layers: Iterable[AttentionLayer]) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class AttentionLayer:
         """The queries whose rows of A are read: the first `queries`, or only the first if all of them count."""
         return slice(self.queries or 1)
 
+    @property
+    def num_keys(self) -> int:
+        """Number of keys N: prefix and patches."""
+        return self.prefix + (math.prod(self.grid) if self.cells is None else self.cells.shape[1])
+
     def to_grid(self, keys: Tensor, size: tuple[int, int]) -> Tensor:
         """Arrange a map over the keys, `(B, N)`, on a grid: `(B, h, w)`. A coarser grid is stretched, its sum kept."""
         patches = keys[:, self.prefix :]  # (B, n)
@@ -46,6 +52,24 @@ def _stretch(grid: Tensor, size: tuple[int, int]) -> Tensor:
     stretched = F.interpolate(grid[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     total = stretched.sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return stretched * (grid.sum((1, 2), keepdim=True) / total)
+
+
+def blocks_around(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[nn.Module | None]:
+    """Return for every group of modules the innermost element of a module list that contains or is all of them."""
+    by_name = dict(model.named_modules())
+    names = {module: name for name, module in by_name.items()}
+
+    def around(group: Sequence[nn.Module]) -> nn.Module | None:
+        name = names[group[0]]
+        while name:
+            parent = name.rpartition(".")[0]
+            is_element = isinstance(by_name[parent], (nn.ModuleList, nn.Sequential))
+            if is_element and set(group) <= set(by_name[name].modules()):
+                return by_name[name]
+            name = parent
+        return None
+
+    return list(map(around, groups))
 
 
 @dataclass(frozen=True)

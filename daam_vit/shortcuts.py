@@ -31,7 +31,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from daam_vit.attention import AttentionMatrix, AttentionRecorder, OnGradient
 from daam_vit.inputs import UnsupportedModel
-from daam_vit.plan import AttentionLayer, Plan
+from daam_vit.plan import AttentionLayer, Plan, blocks_around
 
 LARGE_GRAPH = 256 * 2**20
 """Bytes per image; `memory="auto"` recomputes the blocks of a model that would keep more."""
@@ -62,7 +62,8 @@ class ShortcutRecorder(AttentionRecorder):
         """Attach as the base class does; refuse a block that is not the same when it is recomputed."""
         with super().attached(model):
             if self.memory == "low" or (self.memory == "auto" and self._may_be_large()):
-                self.blocks = blocks_around(model, self.recomputable)
+                around = blocks_around(model, [[module] for module in self.recomputable])
+                self.blocks = [block for block in dict.fromkeys(around) if block is not None]
             try:
                 yield
             except CheckpointError as error:
@@ -219,22 +220,6 @@ _LOOKS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks that are recomputed
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def blocks_around(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the innermost elements of module lists that contain the given modules, or that they are themselves."""
-    by_name = dict(model.named_modules())
-    names = {module: name for name, module in by_name.items()}
-    blocks: dict[nn.Module, None] = {}  # in order
-    for module in modules:
-        name = names[module]
-        while name:
-            parent = name.rpartition(".")[0]
-            if isinstance(by_name[parent], (nn.ModuleList, nn.Sequential)):
-                blocks[by_name[name]] = None
-                break
-            name = parent
-    return list(blocks)
 
 
 @contextmanager
