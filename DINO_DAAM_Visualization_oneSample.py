@@ -5,7 +5,8 @@
 
 A model without a classifier has no class score. Instead, the nearest neighbours of the photo in a memory bank of
 labelled features vote on its class. They also say how much every dimension of its feature speaks for that class, and
-this importance is sent back in place of a score.
+this importance is sent back in place of a score. With --score log_odds, which --variant relevance needs, all features
+of the bank vote for or against the class, and the gradient of its log-odds is sent back.
 
 Edit the constants, or pass the options of the same names; --help lists all options. For every photo the script prints
 the vote and writes OUTPUT_DIR/<model>/<image>-<class>/: flow.gif, frames/, sheet.png, evolution.png, neighbours.png,
@@ -24,7 +25,7 @@ import timm
 from torch import Tensor
 
 from command_line.names import drawn_name, file_name, short
-from command_line.neighbours import NeighbourSearch, describe_neighbours, draw_neighbours
+from command_line.neighbours import SCORES, NeighbourSearch, describe_neighbours, draw_neighbours
 from command_line.options import (
     bank_options,
     find_device,
@@ -77,8 +78,9 @@ BANKS = HERE / "memorybank" / "DINO" / "ImageNet2012"
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options; the constants above are their defaults."""
     parser = flow_options(
-        __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR
-    )
+        __doc__.split("\n")[0], image=IMAGE, model=MODEL, checkpoint=CHECKPOINT, target=TARGET, output_dir=OUTPUT_DIR,
+        scores=SCORES,
+    )  # fmt: skip
     bank_options(parser, BANK)
     return parse(parser, arguments)
 
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         targets = find_targets(options.target, bank.class_names, bank.num_classes)
         for batch in photos.batches(loaded):
             with photos.explaining(batch):
-                search = NeighbourSearch(bank, targets, options.k, options.temperature, options.target_k)
+                search = NeighbourSearch(bank, targets, options.k, options.temperature, options.target_k, options.score)
                 with precision(batch.images.device, options.dtype):
                     flow = attention_flow(
                         loaded.model, batch.images, importance=search.importance,
@@ -182,7 +184,8 @@ def save(
     votes, labels = search.vote.votes[i], search.vote.labels[i]  # (num_classes,), (k,)
     explained = list(dict.fromkeys(search.classes[i].tolist()))
     maps = slice(len(explained)) if len(explained) > 1 else 0
-    flow = replace(flow, block_maps=flow.block_maps[:, maps], accumulated=flow.accumulated[:, maps])
+    held = None if flow.class_share is None else flow.class_share[:, maps]
+    flow = replace(flow, block_maps=flow.block_maps[:, maps], accumulated=flow.accumulated[:, maps], class_share=held)
 
     def describe(k: int) -> dict:
         share = (votes[k] / votes.sum()).item()
@@ -190,13 +193,13 @@ def save(
 
     neighbours = describe_neighbours(bank, search.searched, i)
     if search.by_name:
-        neighbours = [n for n in neighbours if n["index"] in explained]
+        neighbours = [n for n in neighbours if n["index"] in explained] or neighbours[: options.k]
     counts = [(sum(n["index"] == k for n in neighbours), drawn_name(short(bank.class_name(k)), k)) for k in explained]
     headline = f"{counts[0][0]} of the {search.searched.labels.shape[1]} nearest neighbours are {counts[0][1]}"
     headline += "".join(f", {n} {name}" for n, name in counts[1:])
     by_block = None if votes_by_block is None else votes_by_block[i] / votes_by_block[i].sum(1, keepdim=True)
     metadata = manifest(
-        photo.file, image, loaded, flow, options, [describe(k) for k in explained],
+        photo, image, loaded, flow, options, [describe(k) for k in explained],
         top5=[describe(k) for k in votes.topk(min(5, len(labels.unique()))).indices.tolist()],
         evolution=evolution(by_block, flow.accumulated[i], explained, bank.class_name, "vote"),
         bank={

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
                     flow = attention_flow(
                         loaded.model, batch.images, lambda scores: choose_classes(scores, targets),
                         norm=options.norm, rows=options.rows, memory=options.memory, variant=options.variant,
+                        score=options.score,
                     )  # fmt: skip
                     lens = lens_outputs(loaded.model, batch.images, flow, head=True)  # (B, L, num_classes)
                 for photo in batch.photos:
@@ -121,7 +122,7 @@ def save(
 
     by_block = None if lens is None else lens[photo.index].float().softmax(1)  # (L, num_classes)
     metadata = manifest(
-        photo.file, image, loaded, flow, options, [describe(k) for k in explained],
+        photo, image, loaded, flow, options, [describe(k) for k in explained],
         top5=[describe(k) for k in scores.topk(min(5, len(scores))).indices.tolist()],
         evolution=evolution(by_block, flow.accumulated[photo.index], explained, name_of, "probability"),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from daam_core import AttentionFlow
 from daam_vit.fonts import drawable
 from daam_vit.locks import give_back
 from daam_vit.text import printable
@@ -98,12 +98,17 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def result_folder(folder: Path, labels: list[str], flow: AttentionFlow) -> Path:
-    """Return the folder with the explained classes, and with the settings that are not the paper's, in its name."""
+def result_folder(folder: Path, labels: list[str], options: argparse.Namespace) -> Path:
+    """Return the folder with the explained classes, and with the settings that make another map, in its name.
+
+    These are --rows, --variant and --score where they are not the defaults; the score of the relevance flow is the
+    log-odds by default.
+    """
     classes = "-".join(map(file_name, labels))
     if len(labels) > 1 and len(classes) > MAX_NAME_LENGTH:
         classes = f"{classes[:MAX_NAME_LENGTH]}-{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
-    settings = "-patches" * (flow.rows == "patches") + f"-{flow.variant}" * (flow.variant != "paper")
+    settings = "-patches" * (options.rows == "patches") + f"-{options.variant}" * (options.variant != "paper")
+    settings += f"-{options.score}" * ((options.score == "log_odds") != (options.variant == "relevance"))
     name = f"{folder.name}-{classes}{settings}"
     if shorten(name) != name:
         name = f"{shorten(folder.name, MAX_PART)}-{shorten(classes, MAX_PART)}{settings}"

@@ -11,6 +11,9 @@ from daam_vit.fonts import write
 from memorybank import MemoryBank, Vote
 from models.images import read_image, resize_longest_side
 
+SCORES = ("importance", "log_odds")
+"""What a bank explains of a class: Eqs. 7 and 8 of the paper, or `MemoryBank.log_odds`."""
+
 
 class NeighbourSearch:
     """Search a bank for the neighbours of a batch: their votes, the classes to explain, and the importance for each.
@@ -19,7 +22,8 @@ class NeighbourSearch:
         flow = attention_flow(model, images, importance=search.importance)
         search.classes, search.vote
 
-    The flow asks for the importance, and the search finds classes and votes on the way, so the bank is read once.
+    The flow asks for the importance, and the search finds classes and votes on the way, so it reads the bank once.
+    "log_odds" reads it once more for each class.
     """
 
     vote: Vote
@@ -36,6 +40,7 @@ class NeighbourSearch:
         k: int = 20,
         temperature: float = 0.07,
         target_k: int = 200,
+        score: str = "importance",
     ):
         """Prepare a search.
 
@@ -44,9 +49,12 @@ class NeighbourSearch:
             targets: from `find_targets`: class indices, or N for the N classes with the most votes.
             k: number of neighbours that vote.
             temperature: temperature of the votes.
-            target_k: number of neighbours that are searched for the classes in `targets`.
+            target_k: number of neighbours that are searched for the classes in `targets`. With "importance", each of
+                them must have one there; with "log_odds", all rows of the bank vote, so one anywhere is enough.
+            score: what is explained of a class, one of `SCORES`.
         """
         self.bank, self.targets, self.k, self.temperature, self.target_k = bank, targets, k, temperature, target_k
+        self.score = score
 
     @property
     def by_name(self) -> bool:
@@ -54,7 +62,7 @@ class NeighbourSearch:
         return not isinstance(self.targets, int)
 
     def importance(self, features: Tensor) -> Tensor:
-        """Return the importance of every dimension of features `(B, D)` for the classes to explain: `(B, K, D)`."""
+        """Return what is sent back from features `(B, D)` for the classes to explain: `(B, K, D)`."""
         bank = self.bank
         count = min(max(self.k, self.target_k), len(bank.labels)) if self.by_name else self.k
         similarities, rows = bank.nearest(features, count)
@@ -65,7 +73,13 @@ class NeighbourSearch:
         else:
             votes, classes = self.vote.votes.topk(self.targets)
             self.classes = torch.where(votes > 0, classes, classes[:, :1])
-        return torch.stack([bank.importance_of(features, self.searched, c) for c in self.classes.unbind(1)], 1)
+        return torch.stack([self._importance_of(features, c) for c in self.classes.unbind(1)], 1)
+
+    def _importance_of(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Return what is sent back from features for one class each, `(B,)`: `(B, D)`."""
+        if self.score == "log_odds":
+            return self.bank.log_odds(features, temperature=self.temperature, target=classes)
+        return self.bank.importance_of(features, self.searched, classes)
 
     def votes(self, features: Tensor) -> Tensor:
         """Return the votes on the features of every block, `(B, L, D)` -> `(B, L, num_classes)`."""

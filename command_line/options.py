@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from command_line.terminal import complain
-from daam_core import VARIANTS
+from daam_core import SCORES, VARIANTS
 from daam_vit.text import printable
 from memorybank import MIN_TEMPERATURE
 from models import LoadedModel, WeightsUnavailable, architecture_of, find_class, load
@@ -25,6 +25,13 @@ MAX_CLASSES = 10
 """Largest number of classes that are explained side by side."""
 MAX_DEPTH = 100
 """Largest number of nested folders that are created for the results."""
+SCORE_HELP = {
+    "logit": "logit is its score, as in the paper",
+    "importance": "importance is how much every dimension of the feature agrees with the neighbours of the class, as "
+    "in the paper",
+    "log_odds": "log_odds is log(p / (1 - p)), which sets it against all other classes",
+}
+"""Word of --score -> what it explains of a class."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,9 +42,13 @@ MAX_DEPTH = 100
 class Parser(argparse.ArgumentParser):
     """Parser that reports an error as one line, without the usage."""
 
+    paper_score = "logit"
+    """What the paper explains of a class: the default of --score."""
+
     def error(self, message: str):
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message, 500)} (--help shows the options)\n")
+        complain(f"{self.prog}: error: {printable(message, 500)} (--help shows the options)")
+        self.exit(2)
 
 
 def flow_options(
@@ -48,12 +59,15 @@ def flow_options(
     checkpoint: str | Path | None,
     target: int | str | list[int | str] | None,
     output_dir: str | Path,
+    scores: tuple[str, str] = SCORES,
 ) -> Parser:
     """Return a parser with the options of every script that explains photos; `parse` uses it.
 
-    The arguments are the constants that people edit in a script. All other defaults are set here.
+    The arguments are the constants that people edit in a script, and the words of --score, the paper's first. All
+    other defaults are set here.
     """
     parser = Parser(description=description, allow_abbrev=False)
+    parser.paper_score = scores[0]
     add = parser.add_argument
     # fmt: off
     add("--image", nargs="+", metavar="PATH", default=image,
@@ -87,7 +101,11 @@ def flow_options(
         "models that average the patches (default: %(default)s)")
     add("--variant", type=one_of(*VARIANTS), metavar=f"{{{','.join(VARIANTS)}}}", default="paper",
         help="paper is the method of the paper; signed keeps the sign of the coefficients, as the paper does without "
-        "a classifier; heads does so too, and takes ReLU head by head (default: %(default)s)")
+        "a classifier; heads does so too, and takes ReLU head by head; relevance shows the evidence, for the class and "
+        "against it, that the patches hold when a block begins, by the rules of AttnLRP (default: %(default)s)")
+    add("--score", type=one_of(*scores), metavar=f"{{{','.join(scores)}}}",
+        help=f"what is explained of the class: {'; '.join(SCORE_HELP[word] for word in scores)} "
+        f"(default: log_odds for --variant relevance, {scores[0]} otherwise)")
     add("--size", type=frame_size, default="image",
         help="size of the frames: image is that of the photo, model that of the model's input, as in the paper, and a "
         "number the longer side in pixels (default: %(default)s)")
@@ -115,7 +133,7 @@ def bank_options(parser: Parser, bank: str | Path | None) -> None:
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the options, and check the constants of the script that no option replaces, which may have any type.
 
-    In the result, `image` is a list of paths, and `target` a list of names and indices, or None.
+    In the result, `image` is a list of paths, `target` a list of names and indices, or None, and `score` a word.
     """
     options = parser.parse_args(arguments)
     try:
@@ -127,6 +145,11 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
             value = getattr(options, name)
             setattr(options, name, None if value is None else _path(name, value))
         options.target = target_words(options.target)
+        options.score = options.score or ("log_odds" if options.variant == "relevance" else parser.paper_score)
+        if options.variant == "relevance" and options.score == "importance":
+            raise ValueError(
+                "score: 'importance' is no gradient of a score, which the relevance flow needs; pass log_odds"
+            )
     except ValueError as error:
         parser.error(str(error))
     return options

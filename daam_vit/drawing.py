@@ -36,7 +36,8 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
     """Draw the flow of one image as grey levels.
 
     x = sigmoid(5 A_b / max A_L) - 0.5 is stretched to 0..1 block by block; heat = floor(255 x) is resized bilinearly.
-    A flat map becomes zero.
+    A flat map becomes zero. Negative values, which the relevance flow has, are set to zero first: a picture shows what
+    speaks for the class, and is zero throughout if nothing in A_L does.
 
     Args:
         accumulated: `(L, h, w)`, A_1 ... A_L of one image.
@@ -56,11 +57,12 @@ def render(accumulated: Tensor | np.ndarray, size: tuple[int, int] | None = None
         size = check_size("size", size)
         check_memory("size", len(accumulated), *size)
 
+    accumulated = accumulated.clip(min=0)
     m = accumulated[-1].max()
     heat = np.zeros(accumulated.shape, np.uint8)
     for a, out in zip(accumulated, heat):
         if m > 0 and a.max() > a.min():
-            with np.errstate(over="ignore"):  # exp(x) = inf is right: 1 / (1 + inf) = 0
+            with np.errstate(over="ignore"):  # a / m = inf is right: 1 / (1 + exp(-inf)) = 1
                 x = 1 / (1 + np.exp(-5 * a / m)) - 0.5
             if x.max() > x.min():
                 x = (x - x.min()) / (x.max() - x.min())

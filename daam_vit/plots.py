@@ -19,6 +19,7 @@ from daam_vit.arguments import (
     check_type,
 )
 from daam_vit.fonts import width_of, write
+from daam_vit.inputs import check_choice
 
 
 def evolution_picture(
@@ -29,11 +30,13 @@ def evolution_picture(
     leads_from: int | None = None,
     quantity: str = "probability",
     note: str = "",
+    signed: bool = False,
+    class_shares: Sequence[Sequence[float]] | None = None,
 ) -> Image.Image:
     """Draw how the decision forms, one column per block.
 
     Every column has the map up to this block; below it what `logit_lens` reads after the block, and how much the block
-    adds to the map.
+    adds to the map. For the relevance flow, a last panel shows how much of the evidence the class token holds.
 
     Args:
         frames: for each of K explained classes its L frames from `overlay`, without labels; drawn small, one row
@@ -46,44 +49,57 @@ def evolution_picture(
             no explained class leads at the end.
         quantity: what the values are.
         note: text below the picture.
+        signed: whether the maps have negative values, as those of `variant="relevance"`, which frames show as zero.
+            `shares` are then shares of the sum of absolute values. The words of the picture say both.
+        class_shares: for each of K classes the share of the evidence that the class token holds when each block begins,
+            L values, 0..1, from `AttentionFlow.class_share`; None: no such panel.
 
     Returns:
         One RGB image, about 1,500 pixels wide; wider for more than 15 blocks.
 
     Raises:
         ValueError: if the numbers of frames, values, shares and leaders differ, frames have different sizes, a value is
-            not 0..1, or `leads_from` is not a block.
+            not 0..1, `leads_from` is not a block, or `signed` is not True or False.
         TypeError: if an argument has the wrong type.
     """
     rows, shares = check_rows("frames", frames, "for each class its frames"), check_rows("shares", shares, _VALUES)
     names, values = _check_curves(curves)
     check_sequence("leaders", leaders, "a name for each block")
     several, blocks = len(rows), len(rows[0]) if rows else 0
+    held = [] if class_shares is None else check_rows("class_shares", class_shares, _VALUES)
     counts = [[*map(len, rows)], [*map(len, values)], [*map(len, shares)], [len(leaders)]]
     if not blocks or {n for count in counts for n in count} != {blocks} or not several == len(shares) <= len(curves):
         raise ValueError(f"frames: expected as many for every class as values, shares and leaders, got {counts}")
+    if class_shares is not None and [*map(len, held)] != [blocks] * several:
+        raise ValueError(
+            f"class_shares: expected {blocks} values for each of {several} classes, got {[*map(len, held)]}"
+        )
     images = check_frames("frames", [frame for row in rows for frame in row])
     frames = [images[k * blocks : (k + 1) * blocks] for k in range(several)]
     check_texts("leaders", leaders, blocks, "blocks")
-    for share in (share for row in shares for share in row):
-        check_number("shares", share, *_RANGE)
+    for name, given in (("shares", shares), ("class_shares", held)):
+        for share in (share for row in given for share in row):
+            check_number(name, share, *_RANGE)
+    check_choice("signed", signed, (True, False))
     if leads_from is not None:
         check_integer("leads_from", leads_from, 1, blocks)
     check_type("quantity", quantity, str, "a text")
     check_type("note", note, str, "a text")
 
     curves = list(zip(names, values))
-    layout = _Layout(frames, curves)
+    layout = _Layout(frames, curves, bool(held))
     notes = _wrap(note, layout.width - 48)
     height = layout.notes + 24 * len(notes) + 16
     check_memory("frames", _FINE * layout.width, _FINE * height, 4)
     page = _Page(layout.width, height)
     _draw_lead(page, layout, leads_from)
     _draw_title(page, layout, leads_from, quantity)
-    _draw_maps(page, layout, frames)
+    _draw_maps(page, layout, frames, signed)
     _draw_curves(page, layout, curves, quantity)
     _draw_leaders(page, layout, leaders)
-    _draw_bars(page, layout, shares)
+    _draw_bars(page, layout, shares, signed)
+    if held:
+        _draw_class_shares(page, layout, held)
     _draw_notes(page, layout, notes)
     return page.finished()
 
@@ -158,7 +174,9 @@ class _Page:
 class _Layout:
     """Where everything lies: x from the left, y from the top; and what the classes are called and coloured."""
 
-    def __init__(self, frames: Sequence[Sequence[Image.Image]], curves: Sequence[tuple[str, Sequence[float]]]):
+    def __init__(
+        self, frames: Sequence[Sequence[Image.Image]], curves: Sequence[tuple[str, Sequence[float]]], class_shares: bool
+    ):
         self.several, self.blocks = len(frames), len(frames[0])
         self.column = max(72, 1092 // self.blocks)
         self.left = 240
@@ -176,19 +194,21 @@ class _Layout:
         """The curves lie between `top`, 100 %, and `bottom`, 0 %."""
         self.floor = self.bottom + 180
         """The bars stand on it."""
-        self.notes = self.floor + 24
+        self.held = self.floor + 60, self.floor + 60 + max(110, 22 * self.several)
+        """The shares of the class token, if there are any, lie between the first, 100 %, and the second, 0 %."""
+        self.end = self.held[1] if class_shares else self.floor
+        self.notes = self.end + 24
 
         self.names = [name if len(name) <= 20 else f"{name[:19]}…" for name, _ in curves]
-        self.ends = [f"{name}: {_percent(values[-1])}" for name, (_, values) in zip(self.names, curves)]
-        """Labels at the end of the curves."""
+        self.ends = self.labels([values for _, values in curves])
         self.leader = max(range(self.several), key=lambda k: curves[k][1][-1])
         colours = [_CLASS_COLOURS[k % len(_CLASS_COLOURS)] for k in range(self.several)]
         self.colours = colours + [_GREY] * (len(curves) - self.several)
         self.colour_of = dict(reversed([*zip((name for name, _ in curves), self.colours)]))
 
-    def height(self, value: float) -> float:
-        """Return the y of a value, 0..1, of the curves."""
-        return self.bottom + (self.top - self.bottom) * value
+    def labels(self, curves: Sequence[Sequence[float]]) -> list[str]:
+        """Return a label for the end of each curve: the name of its class, and its last value."""
+        return [f"{name}: {_percent(values[-1])}" for name, values in zip(self.names, curves)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,8 +221,8 @@ def _draw_lead(page: _Page, at: _Layout, leads_from: int | None) -> None:
     if leads_from is None:
         return
     colour, start, above = at.colours[at.leader], at.left + (leads_from - 1) * at.column, at.maps - 34
-    page.box(start, above, at.right, at.floor, _TINT)
-    page.line((start, above), (start, at.floor), thickness=2, colour=colour)
+    page.box(start, above, at.right, at.end, _TINT)
+    page.line((start, above), (start, at.end), thickness=2, colour=colour)
     said = f"{at.names[at.leader]} leads from block {leads_from} on"
     fits = width_of(said, 17) < at.width - start - 16
     page.text(start + 8 if fits else start - 8, at.top - 24, said, 17, colour, "lm" if fits else "rm")
@@ -218,8 +238,12 @@ def _draw_title(page: _Page, at: _Layout, leads_from: int | None, quantity: str)
     page.text(24, 68, said, 18, max_width=at.width - 48)
 
 
-def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]]) -> None:
-    page.heading(at.maps + 8, "What counts so far", "the map accumulated", "up to each block:", "blue little, red much")
+def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]], signed: bool) -> None:
+    if signed:
+        words = "Evidence in the patches", "added up to each block:", "red for the class,", "blue none or against it"
+    else:
+        words = "What counts so far", "the map accumulated", "up to each block:", "blue little, red much"
+    page.heading(at.maps + 8, *words)
     for b, x in enumerate(at.centres, 1):
         page.text(x, at.maps - 18, f"block {b}", 15, anchor="mm")
     for k, row in enumerate(frames):
@@ -233,19 +257,28 @@ def _draw_maps(page: _Page, at: _Layout, frames: Sequence[Sequence[Image.Image]]
 def _draw_curves(page: _Page, at: _Layout, curves: Sequence[tuple[str, Sequence[float]]], quantity: str) -> None:
     thin = ["thin line: the runner-up"] if len(curves) > at.several else []
     page.heading(at.top + 8, "What it would say", quantity, "of the class, if this", "block were the last one", *thin)
+    _draw_lines(page, at, at.top, at.bottom, [values for _, values in curves])
+
+
+def _draw_lines(page: _Page, at: _Layout, top: float, bottom: float, curves: Sequence[Sequence[float]]) -> None:
+    """Draw curves between `top`, 100 %, and `bottom`, 0 %."""
+
+    def height(value: float) -> float:
+        return bottom + (top - bottom) * value
+
     for percent in range(0, 101, 25):
-        y = at.height(percent / 100)
+        y = height(percent / 100)
         page.line((at.left, y), (at.right, y))
         if percent % 50 == 0:
             page.text(at.left - 8, y, f"{percent} %", 14, _GREY, "rm")
     for k in reversed(range(len(curves))):  # explained classes above the others, the first one on top
         thickness, radius = (4, 6.0) if k < at.several else (2, 3.5)
-        points = [(x, at.height(value)) for x, value in zip(at.centres, curves[k][1])]
+        points = [(x, height(value)) for x, value in zip(at.centres, curves[k])]
         page.line(*points, thickness=thickness, colour=at.colours[k])
         for x, y in points:
             page.dot(x, y, radius, at.colours[k])
-    ys = _apart([at.height(values[-1]) for _, values in curves], 22, at.top, at.bottom)
-    for end, y, colour in zip(at.ends, ys, at.colours):
+    ys = _apart([height(values[-1]) for values in curves], 22, top, bottom)
+    for end, y, colour in zip(at.labels(curves), ys, at.colours):
         page.text(at.right + 12, y, end, 17, colour, max_width=at.width - at.right - 20)
 
 
@@ -255,8 +288,9 @@ def _draw_leaders(page: _Page, at: _Layout, leaders: Sequence[str]) -> None:
         page.text(x, at.bottom + 30, name, 14, at.colour_of.get(name, _GREY), "mm", max_width=at.column - 6)
 
 
-def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]]) -> None:
-    page.heading(at.bottom + 76, "What the block adds", "its share of the map", "after the last block")
+def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]], signed: bool) -> None:
+    whole = ("all evidence,", "for and against the class") if signed else ("the map", "after the last block")
+    page.heading(at.bottom + 76, "What the block adds", f"its share of {whole[0]}", whole[1])
     page.line((at.left, at.floor), (at.right, at.floor))
     wide, highest = min(0.7 * at.column, 100) / at.several, max(1e-9, *(share for row in shares for share in row))
     for k, row in enumerate(shares):
@@ -265,6 +299,12 @@ def _draw_bars(page: _Page, at: _Layout, shares: Sequence[Sequence[float]]) -> N
             page.box(begin + 1, y, begin + wide - 1, at.floor, at.colours[k])
             if wide > 40:
                 page.text(begin + wide / 2, y - 11, _percent(share), 14, anchor="mm")
+
+
+def _draw_class_shares(page: _Page, at: _Layout, class_shares: Sequence[Sequence[float]]) -> None:
+    words = "in the class token, when", "the block begins; the rest", "is in the patches", "(or registers)"
+    page.heading(at.held[0] - 20, "Where the evidence sits", *words)
+    _draw_lines(page, at, *at.held, class_shares)
 
 
 def _wrap(note: str, width: float) -> list[str]:

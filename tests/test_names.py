@@ -16,10 +16,11 @@ CHINESE = "虎斑猫" * 140
 
 @dataclass
 class Settings:
-    """The attributes of a flow that names depend on."""
+    """The options that names depend on."""
 
     rows: str = "class"
     variant: str = "paper"
+    score: str = "logit"
 
 
 def folder_of(photo, *labels, **settings):
@@ -38,6 +39,22 @@ def test_long_names_are_shortened_and_stay_apart(photo, label, settings, tmp_pat
     others = {folder_of(photo + "x", label, **settings), folder_of(photo, f"{label}x", **settings)}
     assert name not in others and len(others) == 2
     assert name.endswith("-patches-signed" if settings else "") and name.startswith(photo[:20])
+
+
+@pytest.mark.parametrize(
+    ("settings", "ending"),
+    [
+        ({}, ""),
+        ({"score": "importance"}, ""),
+        ({"score": "log_odds"}, "-log_odds"),
+        ({"variant": "heads", "score": "log_odds"}, "-heads-log_odds"),
+        ({"variant": "relevance", "score": "log_odds"}, "-relevance"),
+        ({"variant": "relevance", "score": "logit", "rows": "patches"}, "-patches-relevance-logit"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_another_map_are_in_the_name(settings, ending):
+    assert folder_of("coffee", "cup", **settings) == f"coffee-cup{ending}"
 
 
 def test_names_that_fit_are_not_changed():

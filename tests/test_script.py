@@ -218,7 +218,7 @@ def test_defaults_of_the_options():
     options = vars(script.parse_options([]))
     assert {name: value for name, value in options.items() if name not in constants} == {
         "device": "auto", "dtype": "float32", "memory": "auto", "batch": 16, "norm": False, "rows": "class",
-        "variant": "paper", "size": "image", "duration": 400,
+        "variant": "paper", "score": "logit", "size": "image", "duration": 400,
     }  # fmt: skip
 
 

@@ -337,6 +337,7 @@ def test_a_default_that_was_named_is_not_replaced(offline, tmp_path):
 def test_defaults_of_the_options():
     options = vars(script.parse_options([]))
     assert [options[name] for name in ("k", "temperature", "target_k", "batch", "size")] == [20, 0.07, 200, 16, "image"]
+    assert [options[name] for name in ("variant", "score")] == ["paper", "importance"]
 
 
 def test_the_supervised_script_names_this_one(capfd, tmp_path):
