@@ -23,6 +23,12 @@ def run(script, *options, env, **more):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **more)
 
 
+def torchrun(*program, ranks=2, env, **more):
+    """Run a script or a module in several processes that share its work."""
+    command = ("torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *program)
+    return run("-m", *command, env=env | {"OMP_NUM_THREADS": "1"}, **more)
+
+
 def call(main, capfd, *options):
     """Run the `main` of a script in this process; the result is that of `run`, warnings on stderr included."""
     capfd.readouterr()
