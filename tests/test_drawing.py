@@ -46,6 +46,18 @@ def test_render_of_flat_maps_is_zero():
         assert not render(np.full((2, 3, 3), 7.0, np.float32)).any()
 
 
+def test_render_draws_negative_values_as_zero():
+    flow = random_flow(4) - 0.8
+    given = flow.copy()
+    with np.errstate(all="raise", under="ignore"):
+        heat = render(flow)
+        assert np.array_equal(heat, plain_render(flow.clip(min=0), None)) and heat.max() == 255
+        assert not heat[flow <= 0].any() and (flow < 0).any() and np.array_equal(flow, given)
+        assert not render(-random_flow()).any()
+        flow[-1] = -1  # nothing in A_L speaks for the class
+        assert not render(flow).any()
+
+
 def test_render_takes_half_precision():
     flow = torch.from_numpy(random_flow()).half()
     assert np.array_equal(render(flow), plain_render(flow.float().numpy(), None))

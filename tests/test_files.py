@@ -54,6 +54,19 @@ def test_atomic_write_leaves_nothing_after_an_exception(tmp_path, error):
     assert not os.listdir(tmp_path)
 
 
+def test_signed_maps_are_kept_and_drawn_as_zero(tmp_path):
+    maps = torch.stack([torch.from_numpy(random_flow(3)), -torch.rand(3, 4, 4)])[None] - 0.5
+    flow = SimpleNamespace(block_maps=-maps, accumulated=maps, output=torch.zeros(1, 5))
+    image = Image.fromarray(random_picture(60, 80))
+    save_flow(tmp_path / "a", image, flow, titles=["one", "two"])
+    saved = np.load(tmp_path / "a" / "maps.npz")
+    assert np.array_equal(saved["accumulated"], maps[0]) and np.array_equal(saved["block_maps"], -maps[0])
+    clipped = SimpleNamespace(block_maps=maps, accumulated=maps.clamp(min=0), output=torch.zeros(1, 5))
+    save_flow(tmp_path / "b", image, clipped, titles=["one", "two"])
+    for name in ("flow.gif", "sheet.png", "frames/block_03.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # GIFs
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, one_line_error
+from scripts import ROOT, call, one_line_error
 
+import DINO_DAAM_Visualization_oneSample as bank_script
 import VIT_DynamicAccumulatedAttentionMap_oneSample as script
+from command_line.neighbours import SCORES as bank_scores
 from command_line.options import check_output_dir, find_device, find_targets, target_words
+from daam_core import SCORES, VARIANTS
 
 NAMES = ["cat", "1", "top3", "dog, hound"]
 
@@ -83,6 +86,45 @@ def test_a_number_of_classes_that_is_also_a_name():
         find_targets("top2", ["a", "Top2"], 2)
     with pytest.raises(ValueError, match="'top 3' cannot be combined"):
         find_targets(["cat", "top 3"], NAMES, 4)
+
+
+# Variants and scores --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, paper", [(script, "logit"), (bank_script, "importance")], ids=["VIT", "DINO"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_defaults_of_the_score(script, paper, variant):
+    assert script.parse_options(["--variant", variant]).score == ("log_odds" if variant == "relevance" else paper)
+    for score in (paper, "log_odds"):
+        if (variant, score) != ("relevance", "importance"):
+            assert script.parse_options(["--variant", variant, "--score", score]).score == score
+
+
+def test_every_score_is_in_the_help(explain, capfd):
+    for result, scores in ((explain("--help"), SCORES), (call(bank_script.main, capfd, "--help"), bank_scores)):
+        shown = " ".join(result.stdout.split())
+        assert all(f"{score} is " in shown for score in scores)
+        assert f"(default: log_odds for --variant relevance, {scores[0]} otherwise)" in shown
+        assert "relevance shows the evidence" in shown and result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "text"),
+    [
+        (script.main, ("--score", "importance"), "--score: expected logit or log_odds, got 'importance'"),
+        (script.main, ("--score", ""), "--score: expected logit or log_odds, got ''"),
+        (script.main, ("--variant", "relevanz"), "--variant: expected paper, signed, heads or relevance, got 'rel"),
+        (bank_script.main, ("--score", "logit"), "--score: expected importance or log_odds, got 'logit'"),
+        (bank_script.main, ("--variant", "relevance", "--score", "importance"), "score: 'importance' is no gradient"),
+        (bank_script.main, ("--score", "importance", "--variant", "relevance"), "pass log_odds"),
+    ],
+    ids=str,
+)
+def test_scores_that_cannot_be_explained(main, options, text, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(main, capfd, *options)
+    one_line_error(result, text)
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 # Devices --------------------------------------------------------------------------------------------------------------

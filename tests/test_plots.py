@@ -30,7 +30,7 @@ def draw(blocks=4, several=1, leads_from=3, size=(60, 40), name="cup", **more):
     """Draw maps that have one colour each, and curves that rise to 80, 70, ... per cent."""
     frames = [[Image.new("RGB", size, (9, 90 + b, 10 * k)) for b in range(blocks)] for k in range(several)]
     names = [f"{name} {k}" for k in range(several + 1)]
-    curves = [(n, np.linspace(0.1, 0.8 - 0.1 * k, blocks).tolist()) for k, n in enumerate(names)]
+    curves = [(n, np.linspace(0.1, max(0, 0.8 - 0.1 * k), blocks).tolist()) for k, n in enumerate(names)]
     shares = [[1 / blocks] * blocks] * several
     return evolution_picture(frames, curves, shares, [names[0]] * blocks, leads_from, **more)
 
@@ -62,7 +62,8 @@ def test_what_leads_is_tinted_from_its_block_on():
 
 def test_names_are_cut_and_nothing_is_drawn_over_the_edges():
     for leads_from in (1, 12, None):
-        picture = pixels(draw(12, 3, leads_from, name="a very long name of a class, " * 5, note="a word " * 80))
+        more = {"signed": True, "class_shares": [[1.0] * 12] * 3} if leads_from == 12 else {}
+        picture = pixels(draw(12, 3, leads_from, name="a very long name of a class, " * 5, note="a word " * 80, **more))
         for edge in (picture[:8], picture[:, :8], picture[:, -6:], picture[-8:]):
             assert (edge == 0xFFFFFF).all()
 
@@ -72,6 +73,34 @@ def test_a_note_and_a_word_for_the_values():
     assert noted.height > plain.height and noted.width == plain.width
     assert draw(quantity="share of the votes").tobytes() != plain.tobytes()
     assert draw().tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("several", [1, 3, 10])
+def test_shares_of_the_class_token_are_a_last_panel(several):
+    rising, falling = [[0.0, 0.1, 0.5, 1.0]] * several, [[1.0, 0.5, 0.1, 0.0]] * several
+    plain, one, two = (draw(several=several, class_shares=held) for held in (None, rising, falling))
+    assert one.size == two.size and one.width == plain.width and one.height > plain.height + 100
+    lower = plain.height - 36  # below the bars
+    assert one.crop((0, 0, one.width, lower)).tobytes() != plain.crop((0, 0, one.width, lower)).tobytes()  # the tint
+    colours = pixels(one)[lower:], pixels(two)[lower:]
+    dots = [(c == rgb(plots._CLASS_COLOURS[0])) & (np.arange(one.width) < 1332) for c in colours]  # without the words
+    for dot, step in zip(dots, (-1, 1)):  # the highest dot is at the right, or at the left
+        rows = [np.nonzero(dot[:, column])[0].mean() for column in (376, 649, 922, 1195)]
+        assert step * rows[0] < step * rows[1] < step * rows[2] < step * rows[3]
+        assert max(rows) - min(rows) == pytest.approx(max(110, 22 * several), abs=3)
+    assert (pixels(one)[-8:] == 0xFFFFFF).all()
+
+
+def test_words_for_signed_maps(monkeypatch):
+    said = []
+    heading = plots._Page.heading
+    monkeypatch.setattr(plots._Page, "heading", lambda page, y, *words: (said.append(words), heading(page, y, *words)))
+    assert draw().tobytes() == draw(signed=False, class_shares=None).tobytes() != draw(signed=True).tobytes()
+    plain, signed = said[:3], said[6:]
+    assert plain[0] == ("What counts so far", "the map accumulated", "up to each block:", "blue little, red much")
+    assert signed[0][1:] == ("added up to each block:", "red for the class,", "blue none or against it")
+    assert plain[1] == signed[1] and plain[2][1] == "its share of the map"
+    assert signed[2] == ("What the block adds", "its share of all evidence,", "for and against the class")
 
 
 @pytest.mark.parametrize("places", [[50.0], [10.0, 11.0, 90.0], [99.0, 98.0, 97.0, 96.0], [0.0, 0.0, 0.0]])
@@ -120,6 +149,16 @@ def test_picture_errors(frames, curves, shares, leaders, leads_from, match):
         ({"leads_from": 1.0}, TypeError, "^leads_from: expected an integer, got 1.0$"),
         ({"quantity": None}, TypeError, "^quantity: expected a text, got NoneType$"),
         ({"note": 5}, TypeError, "^note: expected a text, got int$"),
+        ({"signed": None}, ValueError, "^signed: expected True or False, got None$"),
+        ({"signed": "yes"}, ValueError, "^signed: expected True or False, got 'yes'$"),
+        ({"class_shares": 0.5}, TypeError, "^class_shares: expected for each class its values, got float$"),
+        ({"class_shares": [0.5, 0.5]}, TypeError, "^class_shares: expected for each class its values, got float$"),
+        ({"class_shares": []}, ValueError, r"^class_shares: expected 2 values for each of 1 classes, got \[\]$"),
+        ({"class_shares": [[0.5]]}, ValueError, r"^class_shares: expected 2 values for each of 1 .*, got \[1\]$"),
+        ({"class_shares": [[0.5] * 2] * 2}, ValueError, r"^class_shares: .* for each of 1 classes, got \[2, 2\]$"),
+        ({"class_shares": [[0.5, -0.2]]}, ValueError, "^class_shares: expected a number from .* got -0.2$"),
+        ({"class_shares": [[0.5, float("nan")]]}, ValueError, "^class_shares: expected a number from .* got nan$"),
+        ({"class_shares": [[0.5, None]]}, TypeError, "^class_shares: expected a number, got NoneType$"),
     ],
 )
 def test_picture_of_something_else(arguments, error, match):
@@ -143,7 +182,9 @@ def test_a_note_in_wide_characters_is_not_cut():
 def test_values_of_numpy_and_torch():
     frames, shares = [[Image.new("RGB", (6, 4))] * 2], [[0.5, 0.5]]
     pictures = [
-        evolution_picture(frames, [("cup", kind([0.25, 0.75]))], kind(shares), ["cup"] * 2)
+        evolution_picture(
+            frames, [("cup", kind([0.25, 0.75]))], kind(shares), ["cup"] * 2, class_shares=kind([[0.25, 0.5]])
+        )
         for kind in (list, np.array, torch.tensor)
     ]
     assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()

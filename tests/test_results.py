@@ -53,6 +53,42 @@ def test_evolution_from_the_first_block_on_and_of_empty_maps():
     assert evolution(None, maps(1.0), [1], str, "probability") is None
 
 
+def signed_maps():
+    """Return the accumulated maps `(2, L, 2, 2)` of two classes; the sums of |R_b| are 4, 8, 0, 4, 4 and 4, ..., 4."""
+    first = torch.tensor([[1.0, -1, 1, -1], [-2, 2, 2, -2], [0, 0, 0, 0], [-4, 0, 0, 0], [1, 1, 1, 1]])
+    return torch.stack([first, torch.full((5, 4), -1.0)]).view(2, 5, 2, 2).cumsum(1)
+
+
+def test_evolution_of_signed_maps_counts_evidence_for_and_against():
+    said = evolution(VALUES, signed_maps(), [1, 2], str, "probability")
+    assert [block["share"] for block in said["blocks"]] == [
+        {"1": pytest.approx(share), "2": pytest.approx(0.2)} for share in (0.2, 0.4, 0, 0.2, 0.2)
+    ]
+    assert said["reading"].endswith(results.SIGNED)
+    assert evolution(VALUES, signed_maps()[0], [1], str, "vote")["blocks"][1]["share"] == {"1": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_shares_of_maps_that_are_not_negative_are_not_touched(scale):
+    accumulated = scale * torch.rand(1, 5, 7, 7, generator=torch.Generator().manual_seed(0)).square().cumsum(1)
+    said = evolution(VALUES, accumulated, [1], str, "probability")
+    total = accumulated.double().flatten(2).sum(2)
+    expected = total.diff(dim=1, prepend=total.new_zeros(1, 1)) / total[:, -1:]
+    assert [block["share"]["1"] for block in said["blocks"]] == expected[0].tolist()  # to the last bit
+    assert results.SIGNED not in said["reading"]
+
+
+@pytest.mark.parametrize("held", [None, {"2": [0.1] * 5, "1": [0.2] * 5}])
+def test_a_signed_flow_is_drawn_as_such(held, monkeypatch):
+    given = []
+    monkeypatch.setattr(results, "evolution_picture", lambda *args: given.append(args) or evolution_picture(*args))
+    said = evolution(VALUES, signed_maps(), [2, 1], str, "probability")
+    picture = draw_evolution(Image.new("RGB", (64, 32)), signed_maps(), said, ["two", "one"], held)
+    assert picture.mode == "RGB" and given[0][7:] == (True, held and [[0.1] * 5, [0.2] * 5])
+    draw_evolution(Image.new("RGB", (64, 32)), signed_maps().abs().cumsum(1), said, ["two", "one"])
+    assert given[1][7:] == (False, None)
+
+
 def test_a_model_without_readings_prints_one_line(images, capsys):
     model = tiny_timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
                       num_classes=5)  # fmt: skip

@@ -300,6 +300,116 @@ def test_the_numbers_of_the_evolution(explain, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The relevance flow
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory):
+    """Checkpoints of small classifiers of three classes: of the class token, and of the mean of the patches."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    for pool in ("token", "avg"):
+        arguments = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2, "global_pool": pool}
+        state = timm.create_model(TINY, num_classes=3, **arguments).state_dict()
+        metadata = {"architecture": TINY, "model_args": json.dumps(arguments | {"num_classes": 3})}
+        metadata["class_names"] = json.dumps(["cat", "dog", "cup"])
+        safetensors.torch.save_file(state, folder / f"{pool}.safetensors", metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("coffee.png", "flower.jpg"):
+        read_image(ROOT / ".img" / name).resize((90, 60)).save(folder / f"{Path(name).stem}.png")
+    return folder
+
+
+def test_relevance_of_a_folder(offline, tiny_weights, two_photos, tmp_path):
+    weights = tiny_weights / "token.safetensors"
+    options = ("--checkpoint", weights, "--variant", "relevance", "--target", "dog", "cat", "--output-dir", tmp_path)
+    result = run(SCRIPT, "--image", two_photos, *options, env=offline, cwd=tmp_path)
+    assert result.returncode == 0 and "error" not in result.stderr, result.stderr
+    loaded = load(None, weights)
+    for name in ("coffee", "flower"):
+        folder = tmp_path / "token" / f"{name}-dog-cat-relevance"
+        image = loaded.transform(read_image(two_photos / f"{name}.png")).unsqueeze(0)
+        expected = attention_flow(loaded.model, image, [[1, 0]], variant="relevance")
+        maps, flow = np.load(folder / "maps.npz"), json.loads((folder / "flow.json").read_text())
+        assert (maps["block_maps"] < 0).any()
+        for key in ("block_maps", "accumulated"):
+            wanted = getattr(expected, key)[0].numpy()
+            np.testing.assert_allclose(maps[key], wanted, atol=1e-4 * np.abs(wanted).max())
+        assert flow["method"].endswith(" Map, variant relevance, log-odds of the class")
+        assert flow["settings"]["variant"] == "relevance" and flow["settings"]["score"] == "log_odds"
+        assert list(flow["class_share"]) == ["1", "0"]
+        for k, index in enumerate(("1", "0")):
+            assert flow["class_share"][index] == pytest.approx(expected.class_share[0, k].tolist(), abs=1e-4)
+            amounts = np.abs(maps["block_maps"][k]).sum((1, 2))
+            shares = [block["share"][index] for block in flow["evolution"]["blocks"]]
+            assert shares == pytest.approx((amounts / amounts.sum()).tolist(), abs=1e-5)
+        assert flow["evolution"]["reading"].endswith(results.SIGNED)
+        assert {"flow.gif", "sheet.png", "evolution.png"} <= set(os.listdir(folder))
+
+
+def test_every_variant_and_score_has_its_own_folder(explain, tiny_weights, two_photos, tmp_path):
+    photo = two_photos / "coffee.png"
+    options = ("--image", photo, "--checkpoint", tiny_weights / "token.safetensors", "--target", "cat")
+    loaded = load(None, tiny_weights / "token.safetensors")
+    image = loaded.transform(read_image(photo)).unsqueeze(0)
+    made = {
+        "coffee-cat": {},
+        "coffee-cat-log_odds": {"score": "log_odds"},
+        "coffee-cat-heads-log_odds": {"variant": "heads", "score": "log_odds"},
+        "coffee-cat-relevance": {"variant": "relevance"},
+        "coffee-cat-relevance-logit": {"variant": "relevance", "score": "logit"},
+    }
+    for settings in (*made.values(), {}, {"variant": "relevance", "score": "log_odds"}):
+        more = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        assert explain(*options, *more, "--output-dir", tmp_path).returncode == 0
+    assert sorted(os.listdir(tmp_path / "token")) == sorted(made)
+    for name, settings in made.items():
+        flow = attention_flow(loaded.model, image, 0, **settings)
+        said = json.loads((tmp_path / "token" / name / "flow.json").read_text())
+        assert said["settings"]["score"] == flow.score
+        assert ("class_share" in said) == (flow.class_share is not None) == ("relevance" in name)
+        wanted = flow.accumulated[0].numpy()
+        saved = np.load(tmp_path / "token" / name / "maps.npz")["accumulated"]
+        np.testing.assert_allclose(saved, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("more", [(), ("--norm",), ("--memory", "low"), ("--dtype", "bfloat16"), ("--size", "model")])
+def test_relevance_of_the_mean_of_the_patches(more, explain, tiny_weights, two_photos, tmp_path):
+    options = ("--image", two_photos / "coffee.png", "--checkpoint", tiny_weights / "avg.safetensors", "--rows")
+    result = explain(*options, "patches", "--variant", "relevance", *more, "--output-dir", tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (file,) = tmp_path.rglob("flow.json")
+    assert file.parent.name.endswith("-patches-relevance")
+    flow, maps = json.loads(file.read_text()), np.load(file.with_name("maps.npz"))
+    assert "class_share" not in flow and (maps["block_maps"] < 0).any()
+    assert (maps["accumulated"] < 0).any() == (results.SIGNED in flow["evolution"]["reading"]) == ("--norm" not in more)
+
+
+def test_a_model_that_relevance_cannot_pass(explain, two_photos, tmp_path):
+    name = "crossvit_tiny_240"
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "mine.pth")
+    options = ("--model", name, "--checkpoint", tmp_path / "mine.pth", "--image", two_photos)
+    result = explain(*options, "--variant", "relevance", "--output-dir", tmp_path / "out")
+    one_line_error(result, "variant: 'relevance' needs the tokens that enter a block", "use another variant")
+    assert not (tmp_path / "out").exists()
+
+
+def test_relevance_of_a_model_without_readings(explain, two_photos, tmp_path):
+    torch.save(timm.create_model("pit_ti_224", num_classes=3).state_dict(), tmp_path / "mine.pth")
+    options = ("--model", "pit_ti_224", "--checkpoint", tmp_path / "mine.pth", "--image", two_photos / "coffee.png")
+    result = explain(*options, "--variant", "relevance", "--target", 0, 1, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0 and "no evolution.png" in result.stdout, result.stderr
+    flow = json.loads(next(tmp_path.rglob("flow.json")).read_text())
+    assert flow["evolution"] is None and [len(held) for held in flow["class_share"].values()] == [flow["blocks"]] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Several classes
 # ----------------------------------------------------------------------------------------------------------------------
 

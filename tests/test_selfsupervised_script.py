@@ -21,6 +21,7 @@ from tiny_models import tiny_timm
 
 import DINO_DAAM_Visualization_oneSample as script
 import VIT_DynamicAccumulatedAttentionMap_oneSample as supervised_script
+from command_line.results import SIGNED
 from daam_core import attention_flow
 from memorybank import MemoryBank
 from memorybank.__main__ import main as memorybank_main
@@ -255,6 +256,72 @@ def test_several_classes(explain, weights, own_bank, tmp_path):
         assert (
             np.load(file.with_name("maps.npz"))["accumulated"].shape == made["coffee-noise-coffee"]["accumulated"].shape
         )
+
+
+def test_relevance_of_a_folder(offline, weights, own_bank, tmp_path):
+    photos = [own_bank / "photos" / name / "5.png" for name in ("coffee", "noise")]
+    options = ("--checkpoint", weights, "--bank", own_bank / "bank", "--k", 3, "--target-k", 3, "--size", 64)
+    more = ("--variant", "relevance", "--target", "noise", "grey", "--output-dir", tmp_path)
+    result = run(SCRIPT, "--image", *photos, *options, *more, env=offline, cwd=tmp_path)
+    assert result.returncode == 0 and "error" not in result.stderr, result.stderr
+    loaded, bank = load(None, weights), MemoryBank.load(own_bank / "bank")
+    files = sorted(tmp_path.rglob("flow.json"))
+    assert len(files) == 2 and all(file.parent.name.endswith("-noise-grey-relevance") for file in files)
+    for file in files:
+        flow, maps = json.loads(file.read_text()), np.load(file.with_name("maps.npz"))
+        image = loaded.transform(read_image(flow["image"]["file"])).unsqueeze(0)
+        for k, index in enumerate((2, 1)):  # noise, grey
+            expected = attention_flow(
+                loaded.model, image, importance=lambda f, c=index: bank.log_odds(f, target=c), variant="relevance"
+            )
+            wanted = expected.accumulated[0].numpy()
+            np.testing.assert_allclose(maps["accumulated"][k], wanted, atol=1e-3 * np.abs(wanted).max())
+            assert flow["class_share"][str(index)] == pytest.approx(expected.class_share[0].tolist(), abs=1e-3)
+        assert flow["settings"]["score"] == "log_odds" and flow["method"].endswith("relevance, log-odds of the class")
+        assert flow["evolution"]["reading"].endswith(SIGNED)
+        # the class has no votes, and is explained: the neighbours are those of the photo, of another class
+        name = Path(flow["image"]["file"]).parent.name
+        assert [n["name"] for n in flow["neighbours"]] == [name] * 3
+        with Image.open(file.with_name("neighbours.png")) as page:
+            framed = LIME in {colour for _, colour in page.convert("RGB").getcolors(1 << 20)}
+        assert framed == (name == "noise")
+
+
+def test_log_odds_by_every_variant(explain, weights, own_bank, tmp_path):
+    options = ("--checkpoint", weights, "--bank", own_bank / "bank", "--k", 24, "--size", 64, "--output-dir", tmp_path)
+    loaded, bank = load(None, weights), MemoryBank.load(own_bank / "bank")
+    image = loaded.transform(read_image(ROOT / ".img" / "coffee.png")).unsqueeze(0)
+    for variant, ending in {"paper": "-log_odds", "signed": "-signed-log_odds", "relevance": "-relevance"}.items():
+        result = explain(*options, "--variant", variant, "--score", "log_odds", "--temperature", 0.1)
+        assert result.returncode == 0, result.stderr
+        expected = attention_flow(
+            loaded.model, image, importance=lambda f: bank.log_odds(f, 24, 0.1), variant=variant
+        ).accumulated[0].numpy()  # fmt: skip
+        saved = np.load(tmp_path / "tiny" / f"coffee-coffee{ending}" / "maps.npz")["accumulated"]
+        np.testing.assert_allclose(saved, expected, atol=1e-3 * np.abs(expected).max())
+    result = explain(*options, "--variant", "relevance", "--target", "top3")
+    assert result.returncode == 0, result.stderr
+    (file,) = (file for file in tmp_path.rglob("flow.json") if "targets" in json.loads(file.read_text()))
+    flow = json.loads(file.read_text())
+    assert [*map(int, flow["class_share"])] == [c["index"] for c in flow["targets"]] and len(flow["targets"]) == 3
+
+
+def test_fewer_classes_with_votes_than_asked_for(explain, weights, own_bank, tmp_path):
+    options = ("--checkpoint", weights, "--bank", own_bank / "bank", "--k", 3, "--size", 64, "--output-dir", tmp_path)
+    assert explain(*options, "--variant", "relevance", "--target", "top3").returncode == 0
+    flow = json.loads((tmp_path / "tiny" / "coffee-coffee-relevance" / "flow.json").read_text())
+    assert list(flow["class_share"]) == ["0"] and len(flow["class_share"]["0"]) == flow["blocks"] == 2
+
+
+def test_relevance_of_a_class_without_features(explain, weights, own_bank, tmp_path):
+    bank = shutil.copytree(own_bank / "bank", tmp_path / "bank")
+    metadata = json.loads((bank / "bank.json").read_text())
+    metadata["class_names"].append("unicorn")
+    (bank / "bank.json").write_text(json.dumps(metadata))
+    options = ("--checkpoint", weights, "--bank", bank, "--k", 8, "--output-dir", tmp_path / "out")
+    result = explain(*options, "--variant", "relevance", "--target", "unicorn")
+    one_line_error(result, "target: ", "has no feature of the class unicorn; name another class")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_photo_that_cannot_be_explained_does_not_stop_the_others(explain, weights, own_bank, tmp_path):
