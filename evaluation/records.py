@@ -139,7 +139,9 @@ def check_ranks(out: Path, settings: dict) -> None:
     if different:
         raise ValueError(f"{different[0]}: rank {rank} has another one than rank 0; all machines need the same files")
     if not (out / "run.json").is_file():
-        raise ValueError(f"out: rank {rank} does not see run.json in {printable(str(out), 150)}; all machines share it")
+        raise ValueError(
+            f"out: rank {rank} finds no run.json in {printable(str(out), 150)}; all machines must share it"
+        )
 
 
 def append_record(file: Path, record: dict) -> None:

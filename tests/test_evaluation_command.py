@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from textwrap import indent
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from scripts import ROOT, call, no_leftovers, one_line_error
+from scripts import ROOT, call, no_leftovers, one_line_error, torchrun
 from tiny_banks import BACKBONE, rows, write_backbone, write_bank
 from tiny_models import tiny_timm
 from tiny_pictures import tree
@@ -23,6 +24,7 @@ from tiny_pictures import tree
 from daam_vit.locks import hold
 from evaluation.command import main
 from evaluation.methods import METHODS
+from evaluation.records import check_ranks
 
 
 def command(*options):
@@ -330,6 +332,62 @@ def test_a_killed_run_continues(number, name, last, times, evaluated, evaluate, 
     ours, theirs = tree(killed), tree(whole)
     ours.pop(".holder", None)  # of the process that was killed
     assert {k for k in ours if ours[k] != theirs.get(k)} == set() and ours.keys() == theirs.keys()
+
+
+def test_ranks_share_the_photos(evaluated, evaluate, offline, tmp_path):
+    """One rank dies when its first record is written; then two continue. Every file is that of one process."""
+    whole, single, options = evaluated
+    shared = tmp_path / "shared"
+    killer = KILLER.format(name="fsync", last="", times=1, signal=int(signal.SIGKILL))
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\n\nif os.environ.get('RANK') == '1':\n{indent(killer, '    ')}"
+    )
+    command = ("-m", "evaluation", *options, "--out", shared)
+    result = torchrun(*command, env=offline | {"PYTHONPATH": str(tmp_path)}, cwd=ROOT)
+    assert result.returncode != 0 and not (shared / "table.md").exists(), result.stderr
+    assert 1 <= len(lines(shared / "photos.jsonl")) <= 3
+    result = torchrun(*command, env=offline, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("skipped: ") == 1 == single.stderr.count("skipped: ")  # it is also a photo for sanity
+    assert result.stdout.replace(str(shared), str(whole)) == single.stdout
+    ours, theirs = tree(shared), tree(whole)
+    ours.pop(".holder", None)  # of the rank that was ended
+    for name in ("photos.jsonl", "sanity.jsonl"):
+        assert sorted(ours.pop(name).splitlines()) == sorted(theirs.pop(name).splitlines())
+    assert {k for k in ours if ours[k] != theirs.get(k)} == set() and ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        (("--steps", 3), "out: {} holds a run with another steps"),  # only the first rank sees this
+        (("--methods", "no"), "methods: 'no' is unknown"),
+    ],
+)
+def test_ranks_say_an_error_once(other, error, evaluated, offline):
+    out, _, options = evaluated
+    before = tree(out)
+    result = torchrun("-m", "evaluation", *options, *other, "--out", out, env=offline, cwd=ROOT)
+    assert result.stderr.count("error: ") == 1 and f"error: {error.format(out)}" in result.stderr, result.stderr
+    assert result.returncode != 0 and tree(out) == before
+
+
+def test_machines_with_other_files(tmp_path, monkeypatch):
+    """What the first rank has is compared with what this one has."""
+    settings = {"model": "small", "images": ["a.png", "b.png"]}
+    monkeypatch.setattr("evaluation.records.current_rank", lambda: (1, 2))
+    for theirs, error in (
+        (
+            settings | {"images": ["a.png"]},
+            "images: rank 1 has another one than rank 0; all machines need the same files",
+        ),
+        (settings, f"out: rank 1 finds no run.json in {tmp_path}; all machines must share it"),
+    ):
+        monkeypatch.setattr("evaluation.records.gather", lambda value, theirs=theirs: [theirs, value])
+        with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+            check_ranks(tmp_path, settings)
+    (tmp_path / "run.json").touch()
+    check_ranks(tmp_path, settings)
 
 
 def test_a_folder_that_another_run_holds(evaluated, evaluate, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, no_leftovers, one_line_error
+from scripts import ROOT, no_leftovers, one_line_error, torchrun
 
 import VIT_DynamicAccumulatedAttentionMap_oneSample as script
 from command_line import photos as photo_loop
@@ -46,6 +46,40 @@ def test_batches_give_what_single_photos_give(explain, weights, photos, tmp_path
         for key in ("block_maps", "accumulated", "output"):
             wanted, largest = alone[key], np.abs(alone[key]).max()
             np.testing.assert_allclose(made[4][name][key], wanted, atol=1e-4 * largest, err_msg=name)
+
+
+def test_ranks_share_a_folder(explain, weights, photos, tmp_path, offline):
+    """Names and numbers are those of one process, the error is said once, and both end with code 2."""
+    (photos / "flower.png").write_bytes((photos / "coffee.png").read_bytes())  # its name depends on all photos
+    options = ("--image", photos, "--checkpoint", weights, "--batch", 2, "--size", 32, "--output-dir")
+    one_line_error(explain(*options, tmp_path / "one"), "damaged.png")
+    result = torchrun(script.__file__, *options, tmp_path / "two", env=offline)
+    assert result.stderr.count("error: ") == 1 and "damaged.png" in result.stderr, result.stderr
+    assert result.returncode != 0  # torchrun has its own codes
+    made = {
+        out: {p.parent.name: dict(np.load(p)) for p in (tmp_path / out).rglob("maps.npz")} for out in ("one", "two")
+    }
+    assert made["one"].keys() == made["two"].keys() and len(made["two"]) == 6
+    assert {name.split("-")[0] for name in made["two"]} >= {"flower", "flower.png"}
+    for name, maps in made["one"].items():
+        for key, wanted in maps.items():
+            np.testing.assert_array_equal(made["two"][name][key], wanted, err_msg=name)
+    printed = [line for line in result.stdout.splitlines() if line.startswith("  explained: ")]
+    assert len(set(printed)) == 6 == len(printed) and no_leftovers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--image", "nowhere"), "image: there is no file nowhere"),
+        (("--batch", "0"), "argument --batch: expected 1 to 4096 photos, got 0"),
+        (("--model", "no_such_model"), "model: 'no_such_model' is neither"),
+    ],
+)
+def test_ranks_say_an_error_once(options, error, offline, tmp_path):
+    result = torchrun(script.__file__, *options, "--output-dir", tmp_path / "out", env=offline)
+    assert result.stderr.count("error: ") == 1 and f"error: {error}" in result.stderr, result.stderr
+    assert result.returncode and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
