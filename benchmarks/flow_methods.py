@@ -172,6 +172,13 @@ METHODS = {
     "ours (no shortcuts)": Method(
         partial(ours, memory="fast", shortcuts=False), "`attention_flow(..., shortcuts=False)`", same_maps=True
     ),
+    "ours (relevance)": Method(
+        partial(ours, memory="fast", variant="relevance"),
+        "`attention_flow(..., variant='relevance', memory='fast')`, the relevance flow, whose maps are others",
+    ),
+    "ours (relevance, low)": Method(
+        partial(ours, memory="low", variant="relevance"), "`ours (relevance)` with memory='low'"
+    ),
     "ours, one by one": Method(ours_one_by_one, "`ours (fast)`, image after image", same_maps=True),
     "daam-timm-vit": Method(daam_timm_vit, "the same maps by the package of that name", "daam-timm-vit", 1, True),
     "published": Method(

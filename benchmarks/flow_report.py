@@ -20,12 +20,14 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- table: benchmark -->", "<!-- end of table -->"
 SHORT = {"deit_small_patch16_224": "DeiT-S/16", "vit_small_patch8_224": "ViT-S/8"}
 """Short names of models."""
-EXTRA = ("ours, one by one", "ours (no shortcuts)")
+EXTRA = ("ours, one by one", "ours (no shortcuts)", "ours (relevance, low)")
 """Methods without a column in the table of the page."""
+EXPLAINED = ("ours (relevance)", "daam-timm-vit", "Grad-CAM", "LeGrad")
+"""Methods that the notes below a table explain."""
 COLOURS = {
     "forward": "#b0b0b0", BASE: "#606060", "ours (fast)": "#d55e00", "ours (low)": "#e69f00",
-    "daam-timm-vit": "#0072b2", "published": "#000000", "Grad-CAM": "#56b4e9", "LeGrad": "#009e73",
-    "rollout": "#cc79a7",
+    "ours (relevance)": "#b5a900", "daam-timm-vit": "#0072b2", "published": "#000000", "Grad-CAM": "#56b4e9",
+    "LeGrad": "#009e73", "rollout": "#cc79a7",
 }  # fmt: skip
 """Methods of the plot, in the colours of Okabe and Ito, which are safe for colour blindness; references are grey."""
 
@@ -143,9 +145,8 @@ def notes(report: dict) -> list[str]:
             gain = statistics.median(b / a for a, b in zip(batch, single))
             rates = [case["batch"] / statistics.median(times) for times in (single, batch)]
             lines.append(f"- {name(case)}: {rates[0]:.1f} images/s one by one, {rates[1]:.1f} as a batch, {gain:.2f} x")
-    asked = [method for method in METHODS if any(method in case["results"] for case in cases)]
-    return [*lines, *(f"- {method}: {METHODS[method].what}" for method in asked if METHODS[method].package),
-            *reasons(cases)]  # fmt: skip
+    asked = [method for method in EXPLAINED if any(method in case["results"] for case in cases)]
+    return [*lines, *(f"- {method}: {METHODS[method].what}" for method in asked), *reasons(cases)]
 
 
 def reasons(cases: list[dict]) -> list[str]:

@@ -59,6 +59,7 @@ EVALUATES = ("evaluation", "held-out photos")
 EXAMPLES = {
     "python": "class token, 12 blocks (2, 2, 12, 16, 16)",
     "bank in python": "cup",
+    "log-odds in python": "1% 45%",
     "relevance in python": "log_odds True (1, 12)",
     "by hand": "",
     "family": "class token, 4 blocks (2, 4, 8, 6)",
