@@ -84,9 +84,8 @@ def _divides_by(node: Any) -> bool:
 
 
 def _inputs(node: Any) -> list[Any]:
-    """Return the nodes of the activations that a node reads; a leaf that nothing observes is a weight."""
-    inputs = [n for n, _ in node.next_functions if n is not None]
-    return inputs if len(inputs) == 1 else [n for n in inputs if _kind(n) != _LEAF]
+    """Return the nodes of the activations that a node reads."""
+    return [n for n, _ in node.next_functions if n is not None]
 
 
 def _activations(*arguments: Any) -> list[Tensor]:
@@ -119,7 +118,7 @@ class _Ruled(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """y = f(x) of single elements; its backward takes y / x as a constant."""
+    """y = f(x), of the shape of x; its backward takes y / x as a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -144,9 +143,11 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scale, weight = ctx.saved_tensors
-        gradient = (gradients[0] if weight is None else gradients[0] * weight) * scale
+        gradient = gradients[0] * scale
+        if weight is not None:
+            gradient *= weight
         if ctx.mean:
-            gradient = gradient - gradient.mean(ctx.mean, keepdim=True)
+            gradient -= gradient.mean(ctx.mean, keepdim=True)
         return gradient.to(ctx.dtype), None, None, None, None
 
 
@@ -201,7 +202,7 @@ def _attention(func: Callable, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _gated(func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Take f(x) / x as a constant in y = f(x) of single elements."""
+    """Take f(x) / x as a constant in y = f(x)."""
     if _activations(args, kwargs):
         return func(input, *args, **kwargs)
     in_place = func.__name__.endswith("_") or kwargs.get("inplace") or any(a is True for a in args)
@@ -223,9 +224,9 @@ def _layer_norm(
     if _activations(weight, bias):
         return func(input, normalized_shape, weight, bias, eps, *rest)
     x, dims = input.detach(), tuple(range(-len(normalized_shape), 0))
-    y, x = func(x, normalized_shape, weight, bias, eps, *rest), _at_least_float32(x)
-    variance = (x - x.mean(dims, keepdim=True)).square_().mean(dims, keepdim=True)  # several times as fast as torch.var
-    return _Normed.apply(input, y, (variance + eps).rsqrt_(), weight, dims)
+    y = func(x, normalized_shape, weight, bias, eps, *rest)
+    scale = torch.native_layer_norm(_at_least_float32(x), normalized_shape, None, None, eps)[2]  # 1 / std x
+    return _Normed.apply(input, y, scale, weight, dims)
 
 
 def _rms_norm(
@@ -241,13 +242,6 @@ def _rms_norm(
     return _Normed.apply(input, y, scale, weight, ())
 
 
-def _normalize(func: Callable, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
-    """Take |x| as a constant in y = x / |x|."""
-    x = input.detach()
-    length = torch.linalg.vector_norm(_at_least_float32(x), p, dim, keepdim=True).clamp_(min=eps)
-    return _Normed.apply(input, func(x, p, dim, eps), length.reciprocal_(), None, ())
-
-
 def _batch_norm(
     func: Callable, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, *rest: Any, **kwargs: Any,
@@ -261,33 +255,33 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+_POINTWISE = {
+    "celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "normalize", "relu", "relu6", "selu", "silu", "square",
+}  # fmt: skip
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("bmm", "einsum", "linalg_matmul", "matmul", "mm"), _matrix_product),
     **dict.fromkeys(("mul", "multiply"), _product),
     **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
-    **dict.fromkeys(
-        ("celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "relu", "relu6", "selu", "silu", "square"), _gated
-    ),
+    **dict.fromkeys(_POINTWISE, _gated),
     "pow": _power,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
-    "normalize": _normalize,
     "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attention,
 }
 """The rule of a function, by its name; that of its form in place ends with "_"."""
 
-_LEAF = "torch::autograd::AccumulateGrad"
 _GATES = {"Erf", "Hardsigmoid", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Tanh"}
 _PRODUCTS = {"Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Div", "Dot", "Mm", "Mul", "Mv"}
 """Linear in one activation, if the others are constants."""
 _LINEAR = {
-    _LEAF, "_GatedBackward", "_NormedBackward", "_ObserveBackward", "torch::autograd::CopyBackwards",
-    "AdaptiveAvgPool2D", "Add", "Alias", "AsStrided", "AvgPool2D", "Cat", "Clone", "ConstantPadNd", "Cumsum",
-    "Diagonal", "Expand", "Flip", "Gather", "Index", "IndexAdd", "IndexSelect", "MaskedFill", "Mean", "MeanBackward1",
-    "Neg", "Permute", "Repeat", "ReshapeAlias", "Roll", "RsubBackward1", "Scatter", "Select", "Slice", "Softmax",
-    "Split", "SplitWithSizes", "Squeeze", "SqueezeBackward1", "SqueezeBackward2", "Stack", "Sub", "Sum",
-    "SumBackward1", "T", "ToCopy", "Transpose", "Tril", "Triu", "Unbind", "Unfold", "UnsafeSplit", "UnsafeView",
-    "Unsqueeze", "UpsampleBicubic2D", "UpsampleBilinear2D", "UpsampleNearest2D", "View", "Where",
+    "_GatedBackward", "_NormedBackward", "_ObserveBackward", "torch::autograd::AccumulateGrad",
+    "torch::autograd::CopyBackwards", "AdaptiveAvgPool2D", "Add", "AddBackward1", "Alias", "AsStrided", "AvgPool2D",
+    "Cat", "Clone", "ConstantPadNd", "Cumsum", "Diagonal", "Expand", "Flip", "Gather", "Index", "IndexAdd",
+    "IndexSelect", "MaskedFill", "Mean", "MeanBackward1", "Neg", "Permute", "Repeat", "ReshapeAlias", "Roll",
+    "RsubBackward1", "Scatter", "Select", "Slice", "Softmax", "Split", "SplitWithSizes", "Squeeze",
+    "SqueezeBackward1", "SqueezeBackward2", "Stack", "Sub", "Sum", "SumBackward1", "T", "ToCopy", "Transpose",
+    "Tril", "Triu", "Unbind", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBicubic2D",
+    "UpsampleBilinear2D", "UpsampleNearest2D", "View", "Where",
 }  # fmt: skip
 """Linear in all activations together, and the softmax."""

@@ -341,16 +341,18 @@ def reader_of(module: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], T
 
 def table(results: Iterable[Measured]) -> str:
     """Return the table in Markdown."""
-    lines = ["| family | for example | decomposed | maps | tokens | grid | error |", "|---|---|---|---|---|---|---|"]
+    columns = ["family", "for example", "decomposed", "maps", "tokens", "grid", "relevance flow", "error"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row, result in zip(DECOMPOSED + ALL_ROWS, results):
         blocks, h, w = result.flow.block_maps.shape[1:]
         tokens = ", ".join(dict.fromkeys(str(S.shape[1]) for S in result.S))
+        relevance = relevance_of(row)
         lines.append(
             f"| {row.family} | `{row.example}` | {result.flow.decomposed} | {blocks} | {tokens} | {h} x {w} "
-            f"| {result.error:.0e} |"
+            f"| {f'refused: {relevance}' if isinstance(relevance, str) else 'yes'} | {result.error:.0e} |"
         )
     for row in REFUSED:
-        lines.append(f"| {row.family} | `{row.example}` | refused: {reason(row)} | | | | |")
+        lines.append(f"| {row.family} | `{row.example}` | refused: {reason(row)} | | | | | |")
     return "\n".join(lines)
 
 
@@ -367,6 +369,16 @@ def refusal(row: Row) -> str:
     except UnsupportedModel as error:
         return str(error)
     raise AssertionError(f"{row.example} is not refused")
+
+
+@cache
+def relevance_of(row: Row) -> AttentionFlow | str:
+    """Return the relevance flow of a row, or in short why it is refused; computed once for all tests."""
+    try:
+        return attention_flow(row.make(), row.images(), variant="relevance", shortcuts=False, **row.flow)
+    except UnsupportedModel as error:
+        short = re.search(r"no rule for \w+|a \w+ does not get them as one tensor", str(error))[0]
+        return short.replace("them", "its tokens")
 
 
 def main() -> None:
