@@ -39,6 +39,8 @@ def check_options(
     check_choice("memory", memory, ("auto", "fast", "low"))
     check_choice("norm", norm, (True, False))
     check_choice("shortcuts", shortcuts, (True, False))
+    if norm and variant == "relevance":
+        raise ValueError("norm: min-max would move the zero of a relevance flow, which is signed; pass norm=False")
     if memory == "low" and not shortcuts:
         raise ValueError("memory: 'low' is a shortcut, and shortcuts are off; pass shortcuts=True")
     if importance is not None and target is not None:
