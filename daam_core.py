@@ -358,7 +358,7 @@ def attention_flow(
         raise ValueError("model: was made under torch.inference_mode(), which rules out gradients; make it outside")
     images = to_model(images, parameter)
 
-    maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant == "heads")
+    maps = _LayerMaps(torch.relu if importance is None and variant == "paper" else _identity, variant)
     recorder = _recorder(plan, maps.on_gradient, memory, shortcuts)
     relevance = Relevance(model, plan, recorder.leaves) if plan is not None and variant == "relevance" else None
     recorder.rules = relevance
@@ -399,8 +399,9 @@ def attention_flow(
 class _LayerMaps:
     """Makes the map of a layer the moment its gradient arrives; autograd then frees what it saved for it."""
 
-    def __init__(self, w: Callable[[Tensor], Tensor], heads: bool):
-        self.w, self.heads = w, heads  # see `block_map`
+    def __init__(self, w: Callable[[Tensor], Tensor], variant: str):
+        self.w, self.heads = w, variant == "heads"  # see `block_map`
+        self.relevance = variant == "relevance"  # its maps are made elsewhere; these are checked only
         self.scale = 1  # of all gradients: small ones do not underflow in float16
         self.last: AttentionCall | None = None
         self.of_layer: dict[AttentionLayer, list[Tensor]] = defaultdict(list)  # (B, N) for every gradient
@@ -416,7 +417,7 @@ class _LayerMaps:
             value = A.value.float()  # (B, H', N, d)
             V = repeat_heads(value, a.shape[1])  # (B, H, N, d)
             self.errors[layer] = completeness_error(a, V, call.output.float())  # ()   Eq. 3
-            if layer.queries is None:
+            if layer.queries is None and not self.relevance:
                 L = all_rows_map(A, value, C.float() / self.scale, self.w, self.heads)  # (B, N)
             else:
                 C = C[..., queries, :].float() / self.scale  # (B, H, Q, d)

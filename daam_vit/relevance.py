@@ -119,13 +119,17 @@ class Relevance(Rules):
         """Return the share of all |R_b[j]| that the class token holds, `(B, K, L)`; None if the score reads none."""
         if plan.pool is not None or self.layers[0].queries is None:
             return None
-        held = [R[..., : layer.queries].abs().sum(2) for layer, R in zip(self.layers, self._tokens())]  # (B, K) each
-        total = [R.abs().sum(2).clamp(min=torch.finfo(R.dtype).tiny) for R in self._tokens()]
+        tokens = self._tokens()
+        held = [R[..., : layer.queries].abs().sum(2) for layer, R in zip(self.layers, tokens)]  # (B, K) each
+        total = [R.abs().sum(2).clamp(min=torch.finfo(R.dtype).tiny) for R in tokens]
         return torch.stack(held, 2) / torch.stack(total, 2)
 
     def _tokens(self) -> list[Tensor]:
         """R of every step, `(B, K, N)`."""
-        return [torch.stack([arrived[b] for arrived in self.arrived], 1) for b in range(len(self.layers))]
+        tokens = [torch.stack([arrived[b] for arrived in self.arrived], 1) for b in range(len(self.layers))]
+        if not torch.isfinite(torch.cat(tokens, 2).sum()):
+            raise ValueError("images: the relevance of a token is not finite; look for an overflow of the model's dtype")
+        return tokens
 
 
 def _not_seen(block: nn.Module) -> UnsupportedModel:

@@ -17,6 +17,7 @@ from tiny_models import TINY, random_images, tiny_timm, tiny_vit
 from torch import nn
 
 from daam_core import SCORES, VARIANTS, UnsupportedModel, attention_flow, score_gradient
+from daam_vit.relevance import Relevance
 from daam_vit.rules import Rules
 
 WIDTH, BLOCKS = TINY["embed_dim"], TINY["depth"]
@@ -374,3 +375,10 @@ def test_two_threads_may_share_a_model(images):
         for flow in repeated:
             assert torch.equal(flow.block_maps, expected[variant].block_maps)
             assert torch.equal(flow.output, expected[variant].output)
+
+
+def test_relevance_that_is_not_finite(monkeypatch):
+    begin = Relevance.expect_gradient
+    monkeypatch.setattr(Relevance, "expect_gradient", lambda self, scale=1: begin(self, 0))  # divides by it
+    with pytest.raises(ValueError, match="^images: the relevance of a token is not finite; look for an overflow"):
+        relevance_flow(tiny_vit(), random_images(2, 3, 32, 32))
