@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ from benchmarks.flow_methods import METHODS, Method
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "flow.py"
 CASE = "vit_tiny_patch16_224:32:2"
-MEASURED = ["forward", "forward + backward", "ours (fast)", "ours, one by one", "published", "rollout"]
+MEASURED = [
+    "forward", "forward + backward", "ours (fast)", "ours (relevance)", "ours (relevance, low)", "ours, one by one",
+    "published", "rollout",
+]  # fmt: skip
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -63,13 +67,16 @@ def test_tables_come_from_the_json(measured):
         "forward": {"seconds": [1.0, 2.0, 6.0], "peak_bytes": 11_000_000},
         "forward + backward": {"seconds": [4.0, 4.0, 8.0], "peak_bytes": 222_000_000},
         "ours (fast)": {"seconds": [5.0, 4.4, 8.0], "peak_bytes": 210_000_000},
+        "ours (relevance)": {"seconds": [6.0, 4.8, 8.0], "peak_bytes": 231_000_000},
         "ours, one by one": {"seconds": [10.0, 8.8, 12.0], "peak_bytes": 105_000_000},
         "LeGrad": {"skipped": "it went on holiday"},
     }
     table = flow_report.page_table(report)
-    assert (
-        "| vit_tiny_patch16_224, 32 px, batch 2 | 0.50 x<br>11 MB | 4 s<br>222 MB | 1.10 x<br>210 MB |\n" in table
-    )  # the medians of 1/4, 2/4, 6/8 and of 5/4, 4.4/4, 8/8
+    # medians of 1/4, 2/4, 6/8; of 5/4, 4.4/4, 8/8; and of 6/4, 4.8/4, 8/8
+    numbers = "0.50 x<br>11 MB | 4 s<br>222 MB | 1.10 x<br>210 MB | 1.20 x<br>231 MB"
+    assert f"| vit_tiny_patch16_224, 32 px, batch 2 | {numbers} |\n" in table
+    assert "- ours (relevance): `attention_flow(..., variant='relevance', memory='fast')`" in table
+    assert "rollout: " not in table  # its name says what it is
     assert "0.2 images/s one by one, 0.4 as a batch, 2.00 x" in table
     assert "- LeGrad: it went on holiday (everywhere)" in table
     row = "| forward | 2.000 (1.000 to 6.000) | 0.50 (0.25 to 0.75) | 1.0 | 11 MB |"
@@ -115,6 +122,13 @@ def test_processes_that_fail():
     assert worker.result() == {"skipped": "it was killed, probably because memory ran out"}
     worker = Dead("import os; os._exit(3)")
     assert worker.answer("first call") is None and worker.result() == {"skipped": "it ended with code 3"}
+
+
+def test_maps_of_the_relevance_flow_are_others(monkeypatch):
+    flow.check("ours (relevance)", flow.small_model())
+    monkeypatch.setitem(METHODS, "relevance", replace(METHODS["ours (relevance)"], same_maps=True))
+    with pytest.raises(ValueError, match="its maps differ from ours by"):
+        flow.check("relevance", flow.small_model())
 
 
 def test_maps_are_compared_before_anything_is_timed(monkeypatch):
