@@ -401,7 +401,7 @@ class _LayerMaps:
 
     def __init__(self, w: Callable[[Tensor], Tensor], variant: str):
         self.w, self.heads = w, variant == "heads"  # see `block_map`
-        self.relevance = variant == "relevance"  # its maps are made elsewhere; these are checked only
+        self.relevance = variant == "relevance"  # its maps are made elsewhere; here only the gradients are checked
         self.scale = 1  # of all gradients: small ones do not underflow in float16
         self.last: AttentionCall | None = None
         self.of_layer: dict[AttentionLayer, list[Tensor]] = defaultdict(list)  # (B, N) for every gradient
@@ -417,7 +417,9 @@ class _LayerMaps:
             value = A.value.float()  # (B, H', N, d)
             V = repeat_heads(value, a.shape[1])  # (B, H, N, d)
             self.errors[layer] = completeness_error(a, V, call.output.float())  # ()   Eq. 3
-            if layer.queries is None and not self.relevance:
+            if self.relevance:
+                L = C[..., queries, :].float().sum((1, 2))
+            elif layer.queries is None:
                 L = all_rows_map(A, value, C.float() / self.scale, self.w, self.heads)  # (B, N)
             else:
                 C = C[..., queries, :].float() / self.scale  # (B, H, Q, d)

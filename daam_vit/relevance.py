@@ -128,7 +128,7 @@ class Relevance(Rules):
         """R of every step, `(B, K, N)`."""
         tokens = [torch.stack([arrived[b] for arrived in self.arrived], 1) for b in range(len(self.layers))]
         if not torch.isfinite(torch.cat(tokens, 2).sum()):
-            raise ValueError("images: the relevance of a token is not finite; look for an overflow of the model's dtype")
+            raise ValueError("images: the relevance of a token is not finite; look for an overflow of its dtype")
         return tokens
 
 
