@@ -103,9 +103,9 @@ class Relevance(Rules):
         self.scale = scale
 
     def _on_gradient(self, steps: range, layer: AttentionLayer, gradient: Tensor, x: Tensor) -> None:
-        R = (x.float() * gradient.float()).sum(2) / self.scale  # (B, n)   R_b[j] = x_b[j] . dY/dx_b[j]
-        missing = layer.num_keys - R.shape[1]  # tokens that are another argument
-        R = F.pad(R, (missing, 0) if missing == layer.prefix else (0, missing))  # (B, N)
+        R = torch.linalg.vecdot(x.float(), gradient.float()) / self.scale  # (B, n)   R_b[j] = x_b[j] . dY/dx_b[j]
+        if missing := layer.num_keys - R.shape[1]:  # tokens that are another argument
+            R = F.pad(R, (missing, 0) if missing == layer.prefix else (0, missing))  # (B, N)
         for b in steps:
             self.arrived[-1][b] = self.arrived[-1].get(b, 0) + R
 

@@ -225,7 +225,7 @@ def _layer_norm(
         return func(input, normalized_shape, weight, bias, eps, *rest)
     x, dims = input.detach(), tuple(range(-len(normalized_shape), 0))
     if x.dtype is torch.float32 and not torch.is_autocast_enabled(x.device.type):
-        y, _, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)  # what layer_norm calls; 1 / std x
+        y, _, scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)  # scale = 1 / std x
     else:
         y = func(x, normalized_shape, weight, bias, eps, *rest)
         scale = torch.native_layer_norm(_at_least_float32(x), normalized_shape, None, None, eps)[2]
