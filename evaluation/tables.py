@@ -105,7 +105,7 @@ def method_tables(rows: Sequence[Row], run: dict, done: int) -> str:
         f"{photos} of {_code(run['images'])}, model {_code(run['model'])}; the maps explain the class that it predicts"
     )
     if run["dtype"] != "float32":
-        what += f"; removed patches and masked photos are computed in {_plain(run['dtype'])}"
+        what += f"; deletion and insertion are computed in {_plain(run['dtype'])}"
     notes = [f"{what}. Bold: the best mean of a column. ↓ lower is better, ↑ higher is better."]
     measured = {row.metric for row in rows}
     if done > 1:

@@ -118,7 +118,7 @@ def test_every_score_is_in_the_help(explain, capfd):
         (bank_script.main, ("--variant", "relevance", "--score", "importance"), "score: 'importance' is no gradient"),
         (bank_script.main, ("--score", "importance", "--variant", "relevance"), "pass log_odds"),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_scores_that_cannot_be_explained(main, options, text, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

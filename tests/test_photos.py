@@ -108,7 +108,7 @@ def test_the_model_sees_batches_and_no_photo_is_held(watched, weights, photos, t
     assert script.main([*options, "--batch", "3"]) == 2
     assert [(size, held) for size, _, held in watched] == [(3, 0), (2, 0)]  # the fourth cannot be read
     assert script.main([*options, "--memory", "low", "--rows", "patches", "--norm"]) == 2
-    asked = {"norm": True, "rows": "patches", "memory": "low", "variant": "paper"}
+    asked = {"norm": True, "rows": "patches", "memory": "low", "variant": "paper", "score": "logit"}
     assert watched[2][1] == asked and watched[2][0] == 5
     assert len(list((tmp_path / "out" / "tiny").iterdir())) == 10
     flow = json.loads(next((tmp_path / "out").rglob("coffee-*-patches/flow.json")).read_text())

@@ -89,7 +89,8 @@ def test_variant(weights, explain, tmp_path):
     assert manifests[1]["method"] == "Dynamic Accumulated Attention Map"
     maps = [np.load(folder / "maps.npz")["accumulated"] for folder in (heads, paper)]
     assert not np.allclose(*maps, rtol=0.01)
-    one_line_error(explain(*options, "--variant", "relu"), "--variant: expected paper, signed or heads, got 'relu'")
+    unknown = explain(*options, "--variant", "relu")
+    one_line_error(unknown, "--variant: expected paper, signed, heads or relevance, got 'relu'")
 
 
 def test_rows_that_a_family_does_not_have(explain, tmp_path, monkeypatch):
