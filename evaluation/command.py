@@ -82,6 +82,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="all (default), candidates (more variants of daam), ablation (variants of daam-relevance), or names; daam "
         f"always runs: {', '.join(METHODS)}",
     )  # fmt: skip
+    add("--reference", choices=METHODS, default="daam", metavar="METHOD",
+        help="method that the tables compare all others with; it always runs (default: %(default)s)")  # fmt: skip
     add("--baselines", nargs="+", choices=BASELINES, default=list(BASELINES),
         help="what removed patches become: the mean colour, or the blurred photo (default: both)")  # fmt: skip
     add(
@@ -132,7 +134,7 @@ def evaluate(options: argparse.Namespace) -> None:
     random.Random(options.seed).shuffle(photos)
     photos = photos[: options.limit]
     decision = find_decision(options)
-    methods = find_methods(options.methods, decision)
+    methods = find_methods(options.methods, options.reference, decision)
     decision.loaded.model.requires_grad_(False)
     metadata = {"photos": len(photos), "versions": versions(*PACKAGES)}
     settings, first = settings_of(options, decision, methods), current_rank()[0] == 0
@@ -304,8 +306,8 @@ def score(explained: Explained, methods: list[str], options: argparse.Namespace,
     }
 
 
-def find_methods(words: list[str], decision: Decision) -> list[str]:
-    """Return the methods that --methods names; ours is always one of them, as the others are compared with it."""
+def find_methods(words: list[str], reference: str, decision: Decision) -> list[str]:
+    """Return the methods that --methods names, with the reference first and daam always among them."""
     unknown = [word for word in words if word not in (*METHODS, *GROUPS, "all")]
     if unknown:
         raise ValueError(
@@ -314,7 +316,7 @@ def find_methods(words: list[str], decision: Decision) -> list[str]:
     as_ours = "daam-relu" if decision.bank is None else "daam-signed"
     all_of_them = [method for method in METHODS if method not in EXTRA | {as_ours}]
     words = [w for word in words for w in (GROUPS | {"all": all_of_them}).get(word, [word])]
-    return list(dict.fromkeys(["daam", *words]))
+    return list(dict.fromkeys([reference, "daam", *words]))
 
 
 def find_decision(options: argparse.Namespace) -> Decision:

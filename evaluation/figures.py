@@ -20,23 +20,24 @@ CONTROLS = ("random", "centre")
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#332288", "#882255", "#999933")
 """Colours that colour-blind people can distinguish: Okabe and Ito, https://jfly.uni-koeln.de/color/; the last three by
 Tol, https://personal.sron.nl/~pault/."""
-OURS, RELEVANCE, VARIANTS, GREY = "#D55E00", "#000000", "#E69F00", "#888888"
+VARIANTS, GREY = "#E69F00", "#888888"
+THICK = {"daam": "#D55E00", "daam-relevance": "#000000"}
+"""Colours of the two methods that a reader looks for first."""
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
 
 
 def line_styles(methods: Sequence[str]) -> dict[str, dict]:
     """Style every method.
 
-    Ours, the first, and `<ours>-relevance` are thick; the other variants `<ours>-...` share their hue, a method and its
+    `daam` and `daam-relevance` are thick; the other variants `daam-...` share their hue, a method and its
     `...-log-odds` their colour; controls are grey.
     """
-    ours, variants, others, controls = methods[0], [], [], []
-    styles = {ours: {"color": OURS, "linewidth": 3, "zorder": 3}}
-    for method in methods[1:]:
-        if method == f"{ours}-relevance":
-            styles[method] = {"color": RELEVANCE, "linewidth": 3, "zorder": 3}
+    variants, others, controls, styles = [], [], [], {}
+    for method in methods:
+        if method in THICK:
+            styles[method] = {"color": THICK[method], "linewidth": 3, "zorder": 3}
         else:
-            variant = method.startswith(f"{ours}-")
+            variant = method.startswith("daam-")
             (variants if variant else controls if method in CONTROLS else others).append(method)
     for i, method in enumerate(variants):
         styles[method] = {"color": VARIANTS, "linewidth": 1.3, "linestyle": DASHES[i % len(DASHES)]}
@@ -111,7 +112,7 @@ def blocks_figure(rows: Sequence[Row], run: dict) -> Figure | None:
         for i, metric in enumerate(metrics):
             measured = [row for row in rows if row.metric == metric]
             blocks = [int(row.method.removeprefix("block ")) for row in measured]
-            means, colour = [row.mean for row in measured], (COLOURS[0], OURS)[i % 2]
+            means, colour = [row.mean for row in measured], (COLOURS[0], THICK["daam"])[i % 2]
             style = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": "."}
             panel.plot(blocks, means, label=metric.removeprefix(f"{kind}_"), **style)
             bounds = [row.low for row in measured], [row.high for row in measured]

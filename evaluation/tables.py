@@ -143,7 +143,7 @@ def block_tables(rows: Sequence[Row], run: dict) -> str:
     """Return the Markdown of the accumulated maps A_1 ... A_L; arguments as in `method_tables`."""
     tables = [f"**{title}**\n\n{table}" for title, names in TABLES.items() if (table := markdown_table(rows, names))]
     note = (
-        f"The attention flow of {_plain(run['methods'][0])}, block by block: its map after block b is the sum of the "
+        f"The attention flow of daam, block by block: its map after block b is the sum of the "
         f"maps of blocks 1 to b. Model {_code(run['model'])}; mean [95 % bootstrap interval over the photos]; bold: "
         "best."
     )

@@ -97,6 +97,17 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_the_reference_is_what_others_are_compared_with(some, weights, evaluate, tmp_path):
+    options = ("--methods", "attention", "--reference", "centre", "--steps", 2, "--sanity", 0, "--mosaics", 0)
+    result = evaluate("--checkpoint", weights, "--images", some, *options, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["methods"] == ["centre", "daam", "attention"]
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
+    compared = {row["method"]: row["difference"] != "" for row in rows if row["metric"] == "deletion_mean"}
+    assert compared == {"centre": False, "daam": True, "attention": True}
+    assert "better than centre" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
 def test_what_is_written(evaluated):
     out, result, _ = evaluated
     assert "skipped: image:" in result.stderr and "broken.jpg" in result.stderr
