@@ -72,7 +72,9 @@ class Relevance(Rules):
         layer = self.layers[b]
         for arguments in (dict(enumerate(args)), kwargs):
             lengths = {k: x.shape[1] for k, x in arguments.items() if isinstance(x, Tensor) and x.ndim == 3}
-            if sorted(lengths.values()) in ([layer.num_keys], sorted([layer.prefix, layer.num_keys - layer.prefix])):
+            sizes = layer.prefix, layer.num_keys - layer.prefix
+            told_apart = sizes[0] != sizes[1] and sorted(lengths.values()) == sorted(sizes)
+            if told_apart or [*lengths.values()] == [layer.num_keys]:
                 return list(lengths)
             if lengths:
                 break
@@ -80,10 +82,10 @@ class Relevance(Rules):
 
     def _observe(self, b: int, x: Tensor) -> Tensor:
         first = b
-        if not x.requires_grad:
+        if b == 0 or not x.requires_grad:
             first = 0 if b == 0 else next((step for tokens, step in self.begun if tokens is x), -1)
-            if first < 0:  # cut off from the blocks before
-                raise _not_seen(self.blocks[b])
+            if first < 0:
+                raise _cut_off(self.blocks[b])
             self.begun.append((x, first))
             x = x.detach().requires_grad_()
             self.leaves.append(x)
@@ -126,6 +128,9 @@ class Relevance(Rules):
 
     def _tokens(self) -> list[Tensor]:
         """R of every step, `(B, K, N)`."""
+        for b, block in enumerate(self.blocks):
+            if b not in self.arrived[-1]:
+                raise _cut_off(block)
         tokens = [torch.stack([arrived[b] for arrived in self.arrived], 1) for b in range(len(self.layers))]
         if not torch.isfinite(torch.cat(tokens, 2).sum()):
             raise ValueError("images: the relevance of a token is not finite; look for an overflow of its dtype")
@@ -136,4 +141,11 @@ def _not_seen(block: nn.Module) -> UnsupportedModel:
     return UnsupportedModel(
         f"variant: 'relevance' needs the tokens that enter a block, one for each key of its attention, and a "
         f"{type(block).__name__} does not get them as one tensor (B, N, C); use another variant"
+    )
+
+
+def _cut_off(block: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"variant: 'relevance' needs the tokens that enter a block, and the graph is cut off at a "
+        f"{type(block).__name__}; is there a detach() or torch.no_grad() in the model?"
     )

@@ -69,7 +69,10 @@ def _no_rule(kind: str) -> UnsupportedModel:
     """Return the error that names a function by the kind of its node: "MaxPool2DWithIndices"."""
     words = re.sub(r"^.*::|Backward\d?$", "", kind)
     name = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", words).lower()  # max_pool2d_with_indices
-    name = f"this form of {name}" if kind in _PRODUCTS else name
+    if "NotImplemented" in kind:
+        name = "a function without a gradient"
+    elif kind in _PRODUCTS:
+        name = f"this form of {name}"
     return UnsupportedModel(f"variant: 'relevance' has no rule for {name}, which the model calls; use another variant")
 
 
@@ -259,7 +262,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 _POINTWISE = {
-    "celu", "elu", "gelu", "hardswish", "leaky_relu", "mish", "normalize", "relu", "relu6", "selu", "silu", "square",
+    "celu", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "normalize", "prelu", "relu", "relu6", "selu",
+    "silu", "square",
 }  # fmt: skip
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("bmm", "einsum", "linalg_matmul", "matmul", "mm"), _matrix_product),

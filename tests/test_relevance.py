@@ -324,11 +324,38 @@ def test_a_function_without_a_rule_is_refused_by_name_and_one_that_the_score_doe
     assert torch.equal(relevance_flow(model, images, memory=memory).block_maps, expected.block_maps)
 
 
-def test_tokens_that_are_cut_off_from_the_blocks_before_are_refused(images):
+CUT_OFF = {
+    "after": lambda block: block.register_forward_hook(lambda module, args, output: output.detach()),
+    "inside": lambda block: setattr(block, "forward", lambda x, **_: block.attn(x.detach())),
+    "no_grad": lambda block: setattr(block, "forward", torch.no_grad()(block.forward)),
+}
+
+
+@pytest.mark.parametrize("cut", CUT_OFF.values(), ids=CUT_OFF)
+def test_tokens_that_are_cut_off_are_refused(cut, images):
     model = tiny_vit()
-    model.blocks[0].register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(UnsupportedModel, match="^variant: 'relevance' needs the tokens that enter a block"):
+    cut(model.blocks[0])
+    with pytest.raises(
+        UnsupportedModel, match=r"^variant: 'relevance' needs .* is cut off at a Block; is there a detach\(\) or torch"
+    ):
         relevance_flow(model, images)
+
+
+def test_tokens_may_depend_on_a_tensor_that_requires_a_gradient(images):
+    model = tiny_vit()
+    expected = relevance_flow(model, images)
+    positions = model.pos_embed.detach().clone().requires_grad_()
+    del model.pos_embed
+    model.pos_embed = positions  # no parameter
+    assert torch.equal(relevance_flow(model, images).block_maps, expected.block_maps)
+    assert positions.grad is None
+
+
+def test_a_class_token_and_a_single_patch_that_are_two_arguments_are_refused():
+    """Nothing tells the two apart."""
+    model = tiny_timm("cait_xxs24_224", **{**TINY, "img_size": 8})
+    with pytest.raises(UnsupportedModel, match="^variant: 'relevance' needs .* does not get them as one tensor"):
+        relevance_flow(model, random_images(2, 3, 8, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ GATED = {
     "elu": lambda x: F.elu(x, 0.5),
     "mish": F.mish,
     "hardswish": F.hardswish,
+    "ReLU6": nn.ReLU6(),
+    "ReLU6 in place": in_place(nn.ReLU6(inplace=True)),
+    "prelu": lambda x: F.prelu(x, B),
     "square": torch.square,
     "power": lambda x: x**3,
     "power in place": in_place(lambda x: x.pow_(2)),
@@ -311,6 +314,7 @@ REFUSED = {
     "a function of Python": (Cubed.apply, "cubed"),
     "a function of Python with a known name": (View.apply, "view"),
     "a script": (scripted, "sin"),
+    "no gradient": (lambda x: torch.floor_divide(x, 2), "a function without a gradient"),
 }
 
 
