@@ -23,8 +23,8 @@ width d, C = H * d channels, N tokens, patch grid h x w; f is a feature of width
     (7)  p = mean of f * z over the neighbours z of the predicted class      (B, D)
     (8)  importance = (p - min p) / (max p - min p)                          (B, D)
 
-The relevance flow (`variant="relevance"`), which is not in the paper, is that of the tokens x_b that enter block b, by
-the backward rules of `daam_vit.relevance`, for the log-odds Y of the class:
+The relevance flow (`variant="relevance"`), which is not in the paper, takes the tokens x_b that enter block b, and the
+gradient of the log-odds Y of the class by the backward rules of `daam_vit.rules`:
 
     (9)  R_b[j] = x_b[j] . dY / dx_b[j]                (B, h, w)    signed, and accumulated as in (6)
 
@@ -66,6 +66,7 @@ from daam_vit.inputs import (
     check_block_maps,
     check_choice,
     check_neighbours,
+    check_scores,
     check_votes,
     check_weighting,
 )
@@ -161,6 +162,7 @@ def score_gradient(scores: Tensor, classes: Tensor, score: str = "logit") -> Ten
         `(B, num_classes)` or `(B, K, num_classes)` float32.
     """
     check_choice("score", score, SCORES)
+    classes = check_scores(scores, classes)
     one_hot = F.one_hot(classes, scores.shape[1]).float()  # (B, num_classes) or (B, K, num_classes)
     if score == "logit" or scores.shape[1] == 1:
         return one_hot
@@ -322,8 +324,8 @@ def attention_flow(
             class token in the gradient-weighted attention of Chefer, Gur, Wolf 2021 (https://arxiv.org/abs/2103.15679,
             Eq. 5), times the number of heads, since C_b[h] . V_b[j, h] is the gradient with respect to a_b[h, j].
             "relevance" is the relevance flow: by the rules of AttnLRP (Achtibat et al. 2024,
-            https://arxiv.org/abs/2402.05602), the map of a block is R_b[j] = x_b[j] . dY/dx_b[j], what the score has
-            still to read from patch j when block b begins. It is signed: negative evidence counts. `rows` decides
+            https://arxiv.org/abs/2402.05602), the map of a block is R_b[j] = x_b[j] . dY/dx_b[j], what the score
+            still has to read from patch j when block b begins. It is signed: negative evidence counts. `rows` decides
             which models are taken; `importance` has to be the gradient of a score, as `MemoryBank.log_odds` returns it.
         shortcuts: False computes everything the plain way, for all tokens: the same maps up to rounding, at a higher
             cost. For comparison; it needs `memory` "auto" or "fast".

@@ -234,6 +234,13 @@ def check_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperat
     return check_indices("labels", labels, num_classes, "classes")
 
 
+def check_scores(scores: Tensor, classes: Tensor) -> Tensor:
+    """Raise unless classes, `(B,)` or `(B, K)`, are some of those of scores `(B, C)`; return them as int64."""
+    several = isinstance(classes, Tensor) and classes.ndim == 2
+    check_shapes("B C, B K" if several else "B C, B", scores=scores, classes=classes)
+    return check_indices("classes", classes, scores.shape[1], "classes")
+
+
 def check_neighbours(f: Tensor, neighbours: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the neighbours `(n, D)` of each feature of `f` `(B, D)`; raise unless they fit, one group for each."""
     check_shapes("B D", f=f)

@@ -36,7 +36,7 @@ class Relevance(Rules):
         self.leaves = leaves
         self.layers = [step[0] for step in plan.steps]
         around = blocks_around(model, [[layer.module for layer in step] for step in plan.steps])
-        self.blocks = [block or layer.module for block, layer in zip(around, self.layers)]
+        self.blocks = [layer.module if block is None else block for block, layer in zip(around, self.layers)]
         self.begun: list[tuple[Tensor, int]] = []
         """The tokens at which the graph begins, as the model has them, and the first step that reads them."""
         self.entered: set[int] = set()

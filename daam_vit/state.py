@@ -41,7 +41,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     More flags are switched off: timm's `grad_checkpointing`, whose second forward would not be recorded; `fused_attn`
     of timm's differential attention, which would be two fused calls instead of one matrix; and what `Module.compile`
-    made, which would not be run function by function.
+    or `torch.compile` made of a part, which would not be run function by function.
     """
     off: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
@@ -49,6 +49,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for name, value in _FLAGS.items():
             if module.__dict__.get(name) and (name != "fused_attn" or differential):
                 off.append((module, name, value))
+        if type(module).__name__ == "OptimizedModule" and module.forward != module._orig_mod.__call__:
+            off.append((module, "forward", module._orig_mod.__call__))
     before = [getattr(module, name) for module, name, _ in off]
     try:
         for module, name, value in off:

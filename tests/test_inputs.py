@@ -14,6 +14,7 @@ from daam_core import (
     dimension_importance,
     neighbour_importance,
     neighbour_votes,
+    score_gradient,
 )
 
 A, V, C = torch.rand(2, 3, 1, 10), torch.rand(2, 3, 10, 4), torch.rand(2, 3, 1, 4)
@@ -31,6 +32,7 @@ def equation(function, match, *args, error=ValueError, **options):
 of_block = partial(equation, block_map)
 of_accumulate = partial(equation, accumulate)
 of_votes = partial(equation, neighbour_votes)
+of_scores = partial(equation, score_gradient)
 of_dimensions = partial(equation, dimension_importance)
 
 
@@ -76,6 +78,13 @@ EQUATIONS = [
         for t in (0, -1, 0.01, float("nan"), float("inf"))
     ),
     of_bank("temperature: expected a number, got str$", temperature="cold", error=TypeError),
+    of_scores("score: expected 'logit' or 'log_odds', got 'odds'$", COSINES, VOTED[:, 0], "odds"),
+    of_scores(r"scores: expected a tensor \(B, C\), got list$", [1.0], VOTED[:, 0], error=TypeError),
+    of_scores(r"scores: expected a tensor \(B, C\), not empty, got \(5,\)$", COSINES[0], VOTED[:, 0]),
+    of_scores(r"classes: expected a tensor \(B,\) with B = 2, got int$", COSINES, 1, error=TypeError),
+    of_scores(r"classes: .* with B = 2, not empty, got \(1, 5\)$", COSINES, VOTED[:1]),
+    of_scores("classes: expected classes 0 to 4, got 7$", COSINES, VOTED[:, 0] + 7),
+    of_scores("classes: expected integers, got torch.float32", COSINES, VOTED[:, 0].float()),
     of_votes("labels: expected classes 0 to 2, got 3$", COSINES, VOTED + 3, 3),
     of_votes("labels: .* with B = 2, k = 5", COSINES, VOTED[:1], 3),
     of_votes("num_classes: expected 1 to 1000000, got 0$", COSINES, VOTED, 0),

@@ -115,6 +115,18 @@ def test_a_model_that_was_compiled_in_place(way, images):
     assert (model._compiled_call_impl, model.blocks[1]._compiled_call_impl) == before and all(before)
 
 
+@pytest.mark.parametrize("part", ["blocks.1", "blocks.1.mlp"])
+@pytest.mark.parametrize("variant", ["paper", "relevance"])
+def test_a_part_that_was_compiled_is_run_as_it_is(variant, part, images):
+    expected = attention_flow(tiny_vit(), images, variant=variant)
+    model = tiny_vit()
+    compiled = torch.compile(model.get_submodule(part), backend="eager")
+    model.set_submodule(part, compiled)
+    before = compiled.forward
+    assert torch.equal(attention_flow(model, images, variant=variant).block_maps, expected.block_maps)
+    assert compiled.forward is before
+
+
 def test_images_are_left_alone(model, images):
     images.requires_grad_()
     before = raw(images)
