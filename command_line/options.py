@@ -148,7 +148,7 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
         options.score = options.score or ("log_odds" if options.variant == "relevance" else parser.paper_score)
         if options.variant == "relevance" and options.score == "importance":
             raise ValueError(
-                "score: 'importance' is no gradient of a score, which the relevance flow needs; pass log_odds"
+                "score: 'importance' is not the gradient of a score, which the relevance flow needs; pass log_odds"
             )
     except ValueError as error:
         parser.error(str(error))

@@ -1,8 +1,8 @@
 """Ranks: the processes that `torchrun` starts, on one machine or several, and that share the work of one command.
 
-A command without `torchrun` is the only rank, to which all functions apply as well. Ranks need two things to work
+Without `torchrun`, a command is the only rank, and all functions work as well. Ranks need two things to work
 together. `shared` gives every item to the rank that is free first, by a counter that all of them see. `gather` is where
-they wait for each other; `leave` comes last, also after an error, so that nobody waits for a rank that has ended.
+they wait for each other; `leave` comes last, even after an error, so that nobody waits for a rank that has ended.
 
 torch is only imported for several ranks, because that takes seconds.
 """

@@ -5,7 +5,7 @@
 
 A mosaic shows photos of four classes, two by two. The map of each class should lie on its own photo: its score is the
 share of its positive values there, 0.25 by chance. Böhle, Fritz, Schiele 2021, "Convolutional dynamic alignment
-networks for interpretable classifications", https://arxiv.org/abs/2104.00032, there with larger grids.
+networks for interpretable classifications", https://arxiv.org/abs/2104.00032, plays it with larger grids.
 
 A photo becomes a quarter of an image of the usual size, so that the model and its position embedding stay as they are.
 """
@@ -25,7 +25,7 @@ from evaluation.explained import Explained
 from evaluation.methods import METHODS
 
 CONFIDENT = 0.8
-"""Least probability of the predicted class, or share of the votes, of the whole photo."""
+"""Least probability, or share of the votes, of the predicted class of a photo that may join a mosaic."""
 CELLS = 4
 
 

@@ -4,13 +4,13 @@
 
 It is a smaller copy of the embedded classifier in another architecture: timm's `Eva` in the form of DINOv3 (Siméoni et
 al. 2025, https://arxiv.org/abs/2508.10104), with rotary positions, registers and gated MLPs. `convert` sets its weights
-from those of some blocks of the embedded classifier, which makes no working model yet. The model then learns from the
+from those of some blocks of the embedded classifier; that is not yet a working model. The model then learns from the
 labels, from the probabilities of the embedded classifier, and from its tokens after `MIDDLE` blocks. The photos and the
 split are those of `train_caltech101.py`.
 
-Tokens and probabilities are computed only once. The model sees a few of the patches, in the last epoch half of them.
-The state is saved in the folder `--work` after every epoch, and the same command resumes from there. The results are in
-`vit_small_patch14_rope_caltech101.md`.
+Tokens and probabilities are computed only once. The model sees a few of the patches and, in the last epoch, half of
+them. The state is saved in the folder `--work` after every epoch, and the same command resumes from there. The results
+are in `vit_small_patch14_rope_caltech101.md`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ ARGUMENTS = {"patch_size": 14, "depth": 8, "mlp_ratio": 2.0, "init_values": 1.0,
 BLOCKS = (0, 1, 3, 5, 7, 8, 9, 11)
 """Block of the teacher from which each block of the student begins."""
 MIDDLE = 8
-"""Number of blocks of the teacher after which its tokens are a target; BLOCKS has MIDDLE - 1 before the middle."""
+"""Number of blocks of the teacher after which its tokens are a target; the last of these blocks is in BLOCKS."""
 
 
 class Pixels(Dataset):

@@ -115,7 +115,7 @@ def test_every_score_is_in_the_help(explain, capfd):
         (script.main, ("--score", ""), "--score: expected logit or log_odds, got ''"),
         (script.main, ("--variant", "relevanz"), "--variant: expected paper, signed, heads or relevance, got 'rel"),
         (bank_script.main, ("--score", "logit"), "--score: expected importance or log_odds, got 'logit'"),
-        (bank_script.main, ("--variant", "relevance", "--score", "importance"), "score: 'importance' is no gradient"),
+        (bank_script.main, ("--variant", "relevance", "--score", "importance"), "score: 'importance' is not the grad"),
         (bank_script.main, ("--score", "importance", "--variant", "relevance"), "pass log_odds"),
     ],
     ids=range(6),
