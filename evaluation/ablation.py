@@ -1,8 +1,9 @@
 """Take the relevance flow apart: what is each of its rules, and each of its choices, worth?
 
-    --methods ablation      every method of `ABLATION`, beside daam; attnlrp is the relevance of the first block alone
+    --methods ablation      daam, daam-relevance, attnlrp, which is its first block alone, and all methods of `ABLATION`
 
-All of them explain the log-odds of the class, except `relevance-logit`. They need models with fused attention.
+All variants explain the log-odds of the class, except `relevance-logit`. Those of the rules of attention need a model
+with fused attention.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from daam_core import UnsupportedModel
 from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, repeat_heads
 from daam_vit.families import plan_of
 from daam_vit.relevance import Relevance
+from daam_vit.rules import _RULES as BACKWARD_RULES
 from evaluation.explained import WAY_OUT, Explained
 
 Rule = Callable[..., Tensor]
@@ -90,7 +92,7 @@ def plain(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
 
 def attention(shares: tuple[int, int], func: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any,
               **kwargs: Any) -> Tensor:  # fmt: skip
-    """Halve the gradient of q and k, and that of v, so many times; the relevance flow does so twice, and once."""
+    """Halve the gradient of q and k, and that of v, `shares` times; the relevance flow does so (2, 1) times."""
     for _ in range(shares[0]):
         query, key = _halved(query), _halved(key)
     for _ in range(shares[1]):
@@ -113,9 +115,8 @@ def _each(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 NORM = _each("layer_norm rms_norm", plain)
-GELU = _each("gelu hardswish mish relu silu", plain)
+GELU = _each("celu elu gelu hardswish hardtanh leaky_relu mish prelu relu relu6 selu silu", plain)
 ATTENTION = _each("scaled_dot_product_attention", plain)
-OTHERS = _each("batch_norm bmm div einsum linalg_matmul matmul mm mul normalize pow square", plain)
 RULES: dict[str, dict[str, Rule]] = {
     "plain-norm": NORM,
     "plain-gelu": GELU,
@@ -123,7 +124,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "plain-qk": _each("scaled_dot_product_attention", partial(attention, (1, 1))),
     "plain-attention": ATTENTION,
     "frozen-attention": _each("scaled_dot_product_attention", frozen_attention),
-    "plain": NORM | GELU | ATTENTION | OTHERS,
+    "plain": dict.fromkeys(BACKWARD_RULES, plain),
 }
 """What takes the place of the rules: the plain gradient of norms, or of GELU; no halves in A V, in Q K^T, or in both;
 no gradient of A; no rule at all, which is the gradient times the tokens."""

@@ -10,6 +10,7 @@ from tiny_models import random_images, tiny_vit
 from torch import nn
 
 from daam_core import UnsupportedModel, attention_flow
+from daam_vit.rules import _RULES
 from evaluation.ablation import ABLATION, RULES, relevance_of
 from evaluation.explained import Explained
 from evaluation.methods import EXTRA, GROUPS, METHODS
@@ -25,6 +26,13 @@ CASES = {
     "logit": {"score": "logit"},
 }
 """The options of `PlainRelevance` for every variant that adds the signed R_b of all blocks."""
+
+
+def test_variants_replace_every_rule():
+    """Otherwise the map would follow the rule that was left, without a word."""
+    assert RULES["plain"].keys() == _RULES.keys()
+    pointwise = {name for name, rule in _RULES.items() if rule is _RULES["gelu"]} - {"normalize", "square"}
+    assert pointwise <= RULES["plain-gelu"].keys() <= _RULES.keys()
 
 
 @pytest.fixture(scope="module", params=[{}, {"init_values": 0.3, "reg_tokens": 2}], ids=["plain", "registers"])
@@ -107,7 +115,7 @@ def test_a_rule_that_the_model_has_no_use_for():
     model = tiny_vit()
     for block in model.blocks:
         block.mlp.act = nn.Identity()
-    with pytest.raises(UnsupportedModel, match="^methods: VisionTransformer calls no gelu or hardswish or mish"):
+    with pytest.raises(UnsupportedModel, match="^methods: VisionTransformer calls no celu or elu or gelu or"):
         METHODS["relevance-plain-gelu"](explained_of(model))
 
 
