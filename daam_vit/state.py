@@ -49,8 +49,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for name, value in _FLAGS.items():
             if module.__dict__.get(name) and (name != "fused_attn" or differential):
                 off.append((module, name, value))
-        if type(module).__name__ == "OptimizedModule" and module.forward != module._orig_mod.__call__:
-            off.append((module, "forward", module._orig_mod.__call__))
+        plain: Any = getattr(module, "_orig_mod", None)
+        if type(module).__name__ == "OptimizedModule" and module.forward != plain.__call__:
+            off.append((module, "forward", plain.__call__))
     before = [getattr(module, name) for module, name, _ in off]
     try:
         for module, name, value in off:
