@@ -174,7 +174,7 @@ METHODS = {
     ),
     "ours (relevance)": Method(
         partial(ours, memory="fast", variant="relevance"),
-        "`attention_flow(..., variant='relevance', memory='fast')`, the relevance flow, whose maps are others",
+        "`attention_flow(..., variant='relevance', memory='fast')`, the relevance flow, which makes other maps",
     ),
     "ours (relevance, low)": Method(
         partial(ours, memory="low", variant="relevance"), "`ours (relevance)` with memory='low'"

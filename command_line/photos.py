@@ -19,7 +19,7 @@ from command_line.names import file_name, result_names, shorten
 from command_line.options import check_output_dir
 from command_line.terminal import complain
 from daam_core import UnsupportedModel
-from daam_vit.ranks import current_rank, shared
+from daam_vit.ranks import current_rank, gather, shared
 from daam_vit.text import printable
 from models import LoadedModel
 from models.images import find_images, read_image
@@ -68,7 +68,8 @@ class Photos:
         return photos.exit_code
 
     An error is reported, and the other photos are still explained. Batches hold the input of the model only: a photo is
-    read again when it is drawn, so that no more than one is in memory. Under `torchrun` the ranks share the batches.
+    read again when it is drawn, so that no more than one is in memory. Under `torchrun` the ranks share the batches of
+    the files that the first one finds.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -87,7 +88,7 @@ class Photos:
                 files += find_images(path)
             except (ValueError, OSError) as error:
                 self.report(error)
-        self.files = _without_repetitions(files)
+        self.files: list[Path] = gather(_without_repetitions(files))[0]  # folders may differ, or change meanwhile
         self._names = dict(zip(self.files, result_names(self.files)))
         self._again: list[list[Path]] = []
         self._bar = tqdm(disable=True)

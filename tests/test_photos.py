@@ -1,5 +1,6 @@
 """The loop over the photos of a script: batches, memory, precision, and what fails on the way."""
 
+import argparse
 import gc
 import json
 import weakref
@@ -66,6 +67,14 @@ def test_ranks_share_a_folder(explain, weights, photos, tmp_path, offline):
             np.testing.assert_array_equal(made["two"][name][key], wanted, err_msg=name)
     printed = [line for line in result.stdout.splitlines() if line.startswith("  explained: ")]
     assert len(set(printed)) == 6 == len(printed) and no_leftovers(tmp_path)
+
+
+def test_ranks_share_the_files_that_the_first_one_finds(photos, tmp_path, monkeypatch):
+    """Another machine may have others, and a photo may come while the ranks start; none is left out or done twice."""
+    theirs = [tmp_path / "a.png", tmp_path / "b.png"]
+    monkeypatch.setattr(photo_loop, "gather", lambda files: [theirs, files])
+    found = photo_loop.Photos(argparse.Namespace(image=[photos], output_dir=tmp_path / "out", batch=1))
+    assert found.files == theirs and found.exit_code == 0
 
 
 @pytest.mark.parametrize(
