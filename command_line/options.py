@@ -146,6 +146,8 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
             setattr(options, name, None if value is None else _path(name, value))
         options.target = target_words(options.target)
         options.score = options.score or ("log_odds" if options.variant == "relevance" else parser.paper_score)
+        if options.variant == "relevance" and options.norm:
+            raise ValueError("norm: min-max would move the zero of a relevance flow, which is signed; leave it out")
         if options.variant == "relevance" and options.score == "importance":
             raise ValueError(
                 "score: 'importance' is not the gradient of a score, which the relevance flow needs; pass log_odds"

@@ -94,7 +94,7 @@ READING = (
 )
 SIGNED = (
     "The maps say how much evidence for the class, less that against it, a patch holds when a block begins. Evidence "
-    "counts in every block that it has to pass until the class token reads it."
+    "counts in every block that it has to pass until it is read."
 )
 QUANTITIES = {"probability": ("probability", "head"), "vote": ("share of the votes", "the vote of the neighbours")}
 """Key in flow.json -> the quantity in words, and what follows the norm."""

@@ -117,8 +117,9 @@ def test_every_score_is_in_the_help(explain, capfd):
         (bank_script.main, ("--score", "logit"), "--score: expected importance or log_odds, got 'logit'"),
         (bank_script.main, ("--variant", "relevance", "--score", "importance"), "score: 'importance' is not the grad"),
         (bank_script.main, ("--score", "importance", "--variant", "relevance"), "pass log_odds"),
+        (script.main, ("--norm", "--variant", "relevance"), "error: norm: min-max would move the zero of a relevance"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_scores_that_cannot_be_explained(main, options, text, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
