@@ -38,7 +38,7 @@ MEANINGS = {
     "sparsity": "how concise the map is, not how right: its Gini index, 0 for a flat map, 1 for a single patch (Hurley "
     "and Rickard 2009, [Comparing Measures of Sparsity](https://arxiv.org/abs/0811.4706))",
     "pointing": "how much of the positive map of a class lies on its own photo, in a mosaic of four confidently "
-    "classified photos of different classes, mean over the four; 0.25 is chance (Böhle et al. 2021, "
+    "classified photos of different classes, mean over those that can be explained; 0.25 is chance (Böhle et al. 2021, "
     "[CoDA-Nets](https://arxiv.org/abs/2104.00032))",
     "randomised": "absolute rank correlation with the map of the model with random weights, the same for all photos "
     "(Adebayo et al. 2018, [Sanity Checks](https://arxiv.org/abs/1810.03292))",
