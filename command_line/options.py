@@ -182,7 +182,7 @@ def number(kind: type, low: float, high: float, unit: str = "") -> Callable[[str
             value = None
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"expected {low:g} to {high:g} {unit}".rstrip() + f", got {printable(text, 80)}"
+                f"expected {low:,.10g} to {high:,.10g} {unit}".rstrip() + f", got {printable(text, 80)}"
             )
         return value
 

@@ -78,7 +78,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     """Raise unless a value is a real number within two bounds; NaN never is."""
     check_type(name, value, Real, "a number")
     if not low <= value <= high:
-        raise ValueError(f"{name}: expected a number from {low:,g} to {high:,g}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected a number from {low:,.10g} to {high:,.10g}, got {_shown(value)}")
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:

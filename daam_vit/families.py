@@ -55,6 +55,8 @@ def plan_of(model: nn.Module, images: Images, rows: str) -> Plan | None:
     if family is None:
         return None
     plan = family(model, images)
+    if not plan.steps:
+        raise UnsupportedModel("model: it has no blocks that the class token passes, so there is nothing to decompose")
     derived = type(model).__module__.split(".")[0] != library_of(model)  # a user's own subclass may reorder the patches
     unverified = plan.steps[0][0] if derived and family in ALL_ROWS and isinstance(images, Tensor) else None
     if all_rows:
@@ -80,9 +82,7 @@ def all_rows_hint(model: nn.Module) -> str:
 
 def plan_of_blocks(steps: list[list[AttentionLayer]]) -> Plan:
     """Return the plan of a model in which every block is a step, and say so in words."""
-    if not steps:
-        raise UnsupportedModel("model: it has no blocks, so there is nothing to decompose")
-    tokens = "class and distillation token" if steps[0][0].queries == 2 else "class token"
+    tokens = "class and distillation token" if steps and steps[0][0].queries == 2 else "class token"
     return Plan(steps, f"{tokens}, {len(steps)} blocks")
 
 

@@ -317,7 +317,11 @@ MODELS = [
              partial(tiny_vit, attn_layer=OverwritesValues), **way)
         for way in ({}, {"shortcuts": False})
     ),
-    case("model: it has no blocks, so there is nothing to decompose$", partial(tiny_vit, depth=0)),
+    case("model: it has no blocks that the class token passes, ", partial(tiny_vit, depth=0)),
+    case("model: it has no blocks that the class token passes, ",
+         partial(tiny_timm, "cait_xxs24_224", **TINY, depth_token_only=0)),
+    case("model: it has no blocks that the class token passes, ",
+         partial(tiny_timm, "convit_tiny", **TINY, local_up_to_layer=TINY["depth"])),
     case("model: Augments attends in 4 images from 17 to 17 tokens.* expected 2 images and 1 \\+ 16 tokens",
          partial(tiny_vit, Augments)),
     case("model: the score of Early does not depend on every attention that was seen", partial(tiny_vit, Early)),

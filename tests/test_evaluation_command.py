@@ -498,7 +498,7 @@ PATHS = ["--images", "--out", "--list", "--annotations", "--checkpoint", "--bank
         (["--steps", "nan"], "argument --steps: expected 2 to 1000"),
         (["--blocks", "-1"], "argument --blocks: expected 0 to "),
         (["--sanity", "-1"], "argument --sanity: expected 0 to "),
-        (["--mosaics", "-1"], "argument --mosaics: expected 0 to "),
+        (["--mosaics", "-1"], "argument --mosaics: expected 0 to 1,000,000, got -1"),
         (["--mosaics", "half"], "argument --mosaics: expected 0 to "),
         (["--seed", "-1"], "argument --seed: expected 0 to "),
         (["--images", "x" * 5000], "images: there is no folder xxx"),

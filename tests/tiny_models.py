@@ -12,9 +12,11 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads
 def build(make, *args, seed: int = 4, **options) -> nn.Module:
     """Build a model with weights that let every term of the method count: fresh ones make attention flat.
 
-    They are drawn after the model is built: how many random numbers building takes depends on the version of timm.
+    They are drawn after the model is built, with the seed set anew: how many random numbers building takes depends on
+    the version of timm. Building is seeded, too: 1-D parameters keep what they start with, which can be random.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
         model = make(*args, **options)
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
