@@ -17,6 +17,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "depth": (int, 1, 256),
     "num_heads": (int, 1, 256),
     "reg_tokens": (int, 0, 64),
+    "num_reg_tokens": (int, 0, 64),
     "mlp_ratio": (float, 0.01, 64),
     "init_values": (float, 0, 1000),
     "drop_rate": (float, 0, 1),
@@ -29,7 +30,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 """Arguments that are a number, and their bounds."""
 SWITCHES = (
     "class_token", "dynamic_img_pad", "dynamic_img_size", "fc_norm", "final_norm", "no_embed_class", "pre_norm",
-    "proj_bias", "qk_norm", "qkv_bias", "reg_embed", "scale_attn_norm", "scale_mlp_norm", "strict_img_size",
+    "proj_bias", "qk_norm", "qkv_bias", "qkv_fused", "reg_embed", "scale_attn_inner", "scale_attn_norm", "scale_mlp",
+    "scale_mlp_norm", "strict_img_size", "swiglu_mlp", "use_abs_pos_emb", "use_post_norm", "use_rot_pos_emb",
 )  # fmt: skip
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
 """Values of `global_pool`."""

@@ -116,6 +116,17 @@ def test_arguments_that_are_used(tmp_path):
     assert loaded.size == (64, 96) and loaded.num_classes == 4 and loaded.model.global_pool == "avg"
 
 
+def test_arguments_of_eva(tmp_path):
+    arguments = {
+        "num_classes": 4, "img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2,
+        "num_reg_tokens": 3, "swiglu_mlp": True, "use_abs_pos_emb": True,
+    }  # fmt: skip
+    model = timm.create_model("vit_small_patch16_rope_224", **arguments)
+    stated = {"model_args": json.dumps(arguments), "architecture": "vit_small_patch16_rope_224"}
+    loaded = load(None, with_metadata(model.state_dict(), tmp_path, **stated))
+    assert same_weights(loaded.model, model.state_dict()) and loaded.model.num_prefix_tokens == 4
+
+
 # Class names ----------------------------------------------------------------------------------------------------------
 
 
