@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class Relevance(Rules):
 
     def of_steps(self, plan: Plan) -> Tensor:
         """Return the relevance of the patches at every step, for K gradients: `(B, K, L, h, w)`, signed."""
-        by_step = zip(self.layers, self._tokens())
+        by_step = zip(self.layers, self.tokens)
         maps = [torch.stack([layer.to_grid(r, plan.grid) for r in R.unbind(1)], 1) for layer, R in by_step]
         return torch.stack(maps, 2)
 
@@ -121,13 +121,13 @@ class Relevance(Rules):
         """Return the share of all |R_b[j]| that the class token holds, `(B, K, L)`; None if the score reads none."""
         if plan.pool is not None or self.layers[0].queries is None:
             return None
-        tokens = self._tokens()
-        held = [R[..., : layer.queries].abs().sum(2) for layer, R in zip(self.layers, tokens)]  # (B, K) each
-        total = [R.abs().sum(2).clamp(min=torch.finfo(R.dtype).tiny) for R in tokens]
+        held = [R[..., : layer.queries].abs().sum(2) for layer, R in zip(self.layers, self.tokens)]  # (B, K) each
+        total = [R.abs().sum(2).clamp(min=torch.finfo(R.dtype).tiny) for R in self.tokens]
         return torch.stack(held, 2) / torch.stack(total, 2)
 
-    def _tokens(self) -> list[Tensor]:
-        """R of every step, `(B, K, N)`."""
+    @cached_property
+    def tokens(self) -> list[Tensor]:
+        """R of every step, `(B, K, N)`, after the last gradient."""
         for b, block in enumerate(self.blocks):
             if b not in self.arrived[-1]:
                 raise _cut_off(block)

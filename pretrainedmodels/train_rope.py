@@ -3,8 +3,8 @@
     python pretrainedmodels/train_rope.py --data 101_ObjectCategories
 
 It is a copy of the embedded classifier in another architecture: timm's `Eva` in the form of RoPE-ViT (Heo et al. 2024,
-https://arxiv.org/abs/2403.13298), with rotary instead of learned positions, with registers, and with two blocks less.
-`convert` sets its weights from those of the embedded classifier. The model then learns from the labels, from the
+https://arxiv.org/abs/2403.13298), with rotary positions beside the learned ones, with registers, and with one block
+less. `convert` sets its weights from those of the embedded classifier. The model then learns from the labels, from the
 probabilities of the embedded classifier, and from its tokens after `MIDDLE` blocks. The photos and the split are those
 of `train_caltech101.py`.
 
@@ -44,9 +44,9 @@ from train_caltech101 import (
 from daam_vit.files import atomic_write
 from models import LoadedModel, load
 
-ARCHITECTURE = "vit_small_patch16_rope_224"
-ARGUMENTS = {"patch_size": 14, "depth": 10, "init_values": 1.0, "num_reg_tokens": 4}
-BLOCKS = (0, 1, 2, 4, 5, 6, 7, 8, 9, 11)
+ARCHITECTURE = "vit_small_patch16_rope_ape_224"
+ARGUMENTS = {"patch_size": 14, "depth": 11, "init_values": 1.0, "num_reg_tokens": 4}
+BLOCKS = (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
 """Block of the teacher from which each block of the student begins."""
 MIDDLE = 8
 """Number of blocks of the teacher after which its tokens are a target; the last of these blocks is in BLOCKS."""
@@ -98,11 +98,11 @@ def predict(teacher: nn.Module, tokens: np.ndarray, path: Path, device: str) -> 
 def convert(teacher: nn.Module, student: nn.Module) -> None:
     """Set the weights of the student, an `Eva`, from those of the teacher, a `VisionTransformer`.
 
-    The registers stay as they are. Positions are lost, except their mean.
+    The registers stay as they are, and have no learned position.
     """
     position = teacher.pos_embed
-    student.patch_embed.proj.weight.copy_(teacher.patch_embed.proj.weight)
-    student.patch_embed.proj.bias.copy_(teacher.patch_embed.proj.bias + position[0, 1:].mean(0))
+    student.patch_embed.load_state_dict(teacher.patch_embed.state_dict())
+    student.pos_embed.copy_(position[:, 1:])
     student.cls_token.copy_(teacher.cls_token + position[:, :1])
     for block, i in zip(student.blocks, BLOCKS):
         weights = teacher.blocks[i].state_dict()
@@ -198,8 +198,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--teacher", type=Path, default=HERE / "vit_small_patch14_caltech101.safetensors", help="embedded classifier"
     )
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    add_classifier_options(parser, epochs=3, keep=0.1875, batch=32)
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    add_classifier_options(parser, epochs=1, keep=0.375, batch=32)
     return parser.parse_args()
 
 

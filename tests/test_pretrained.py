@@ -14,6 +14,7 @@ from models.images import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "pretrainedmodels" / "vit_small_patch14_caltech101.safetensors"
+ROPE = ROOT / "pretrainedmodels" / "vit_small_patch14_rope_caltech101.safetensors"
 BACKBONE = ROOT / "pretrainedmodels" / "vit_small_patch14_selfsupervised.safetensors"
 BANK = ROOT / "memorybank" / "embedded"
 
@@ -61,6 +62,25 @@ def test_the_held_out_list(embedded):
 def test_it_knows_the_photos(embedded, photo, classes):
     scores = embedded.model(embedded.transform(read_image(ROOT / ".img" / photo)).unsqueeze(0))
     assert embedded.class_names[scores.argmax()] in classes
+
+
+# The classifier with rotary positions ---------------------------------------------------------------------------------
+
+
+def test_the_classifier_with_rotary_positions(embedded):
+    with safetensors.safe_open(ROPE, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    loaded = load("vit_small_patch14_rope_caltech101")
+    model = loaded.model
+    assert type(model).__name__ == "Eva" and model.rope is not None and len(model.blocks) == 11
+    assert model.num_prefix_tokens == 1 + 4 and loaded.size == (224, 224)
+    assert loaded.class_names == embedded.class_names and ROPE.stat().st_size < 42_000_000
+    assert "@@" not in ROPE.with_suffix(".md").read_text(encoding="utf-8")
+    photos = ("chelsea.png", "motorcycle_left.png")
+    images = torch.stack([loaded.transform(read_image(ROOT / ".img" / photo)) for photo in photos])
+    with torch.inference_mode():
+        found = [loaded.class_names[k] for k in model(images).argmax(1)]
+    assert found == ["cougar_face", "Motorbikes"]
 
 
 # The self-supervised pair ---------------------------------------------------------------------------------------------

@@ -164,21 +164,19 @@ def test_the_rope_script_resumes_and_ends_with_a_model_that_loads(work, run, tea
     assert loaded.class_names == ["A", "b", "c"] and loaded.model.num_classes == 3 and loaded.size == (56, 56)
     for variant in ("paper", "relevance"):
         flow = attention_flow(loaded.model, torch.randn(1, 3, 56, 56), variant=variant)
-        assert flow.accumulated.shape == (1, 10, 4, 4) and flow.accumulated.isfinite().all()
+        assert flow.accumulated.shape == (1, 11, 4, 4) and flow.accumulated.isfinite().all()
 
     printed = run(train_rope, *options)
     assert "resuming after epoch 2" in printed and "epoch 1/2" not in printed
 
 
-def test_the_converted_model_is_the_teacher_but_for_positions_and_registers(monkeypatch):
+def test_the_converted_model_is_the_teacher_but_for_rotary_positions_and_registers(monkeypatch):
     monkeypatch.setattr(train_rope, "BLOCKS", (0, 2))
     torch.manual_seed(0)
     sizes = {"img_size": 56, "patch_size": 14, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
     teacher = timm.create_model("vit_tiny_patch16_224", **sizes, depth=3, init_values=0.5).eval()
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        teacher.pos_embed[:, 1:] = teacher.pos_embed[:, 1:2]
     options = train_rope.ARGUMENTS | sizes | {"depth": 2, "num_reg_tokens": 0}
     student = timm.create_model(train_rope.ARCHITECTURE, **options, use_rot_pos_emb=False).eval()
     images = torch.randn(2, 3, 56, 56)
