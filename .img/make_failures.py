@@ -1,6 +1,6 @@
 """Draw failures.jpg: photos of an evaluation on which the relevance flow does worse than gradient-weighted attention.
 
-    python .img/make_failures.py --images photos/ --run evaluated
+    python .img/make_failures.py --images photos/ --run evaluated --without Aqua.jpg
 
 `--run` is a folder of `python -m evaluation` for the embedded classifier, with the methods of `COLUMNS`, and `--images`
 its photos. The photos furthest behind `gae` come first, by insertion minus deletion, each averaged over its baselines.
@@ -25,7 +25,7 @@ from models import load  # noqa: E402
 from models.images import read_image, resize_longest_side  # noqa: E402
 
 COLUMNS = ("daam-relevance", "gae", "attnlrp", "daam")
-ROWS, SIDE, GAP, LINE = 4, 230, 6, 22
+ROWS, SIDE, GAP, LINE = 3, 230, 6, 22
 
 
 def advantage(record: dict, method: str) -> float:
@@ -55,8 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=Path, required=True, help="folder of the photos")
     parser.add_argument("--run", type=Path, required=True, help="folder of the evaluation")
+    parser.add_argument("--without", nargs="*", default=[], help="photos that may not be shown")
     options = parser.parse_args()
     records = [json.loads(line) for line in (options.run / "photos.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if record["photo"] not in options.without]
     records.sort(key=lambda record: advantage(record, "daam-relevance") - advantage(record, "gae"))
     decision = Decision(load("vit_small_patch14_caltech101"))
     rows = [row(record, options.images, decision) for record in records[:ROWS]]
