@@ -152,7 +152,7 @@ def test_maps_are_compared_before_anything_is_timed(monkeypatch):
         (["--cases", "resnet18:224:1"], "cases: resnet18 "),
         (["--cases", "vit_small_patch8_224:100:1"], "cases: 100 pixels are not a multiple of the patch size"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
-        (["--rounds", "0"], "expected 1 to 1000, got 0"),
+        (["--rounds", "0"], "expected 1 to 1,000, got 0"),
         (["--device", "abacus"], "device: 'abacus' cannot be used"),
         (["--read", "nowhere.json"], "No such file"),
     ],

@@ -333,7 +333,7 @@ def broken(bank):
         (lambda b: b.log_odds(0 * rows(2, 12)), "features: row 0 has the length 0, so no direction"),
         (lambda b: b.log_odds(rows(2, 12), k=91), "k: expected 1 to 90, the number of features in .*, got 91"),
         (lambda b: b.log_odds(rows(2, 12), temperature=0.019), "temperature: expected .* from 0.02 to .*, got 0.019"),
-        (lambda b: b.log_odds(rows(2, 12), temperature=2e6), r"temperature: expected .* to 1e\+06, got 2000000"),
+        (lambda b: b.log_odds(rows(2, 12), temperature=2e6), r"temperature: expected .* to 1,000,000, got 2000000"),
         (lambda b: b.log_odds(rows(2, 12), temperature=math.nan, target=1), "temperature: expected .*, got nan"),
         (lambda b: b.log_odds(rows(2, 12), target=4), "target: class 4 is out of range; the bank has 4 classes"),
         (lambda b: b.log_odds(rows(2, 12), target=-1), "target: class -1 is out of range"),

@@ -81,7 +81,7 @@ def test_ranks_share_the_files_that_the_first_one_finds(photos, tmp_path, monkey
     ("options", "error"),
     [
         (("--image", "nowhere"), "image: there is no file nowhere"),
-        (("--batch", "0"), "argument --batch: expected 1 to 4096 photos, got 0"),
+        (("--batch", "0"), "argument --batch: expected 1 to 4,096 photos, got 0"),
         (("--model", "no_such_model"), "model: 'no_such_model' is neither"),
     ],
 )

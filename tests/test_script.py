@@ -168,7 +168,7 @@ def test_unusual_pictures_and_names(offline, weights, tmp_path):
         (["--target", "top4"], ["target: expected top1 to top3, got top4"]),
         (["--target", "top0"], ["target: expected top1 to top3, got top0"]),
         (["--target", "cat", "top2"], ["target: 'top2' cannot be combined with other classes; pass it alone"]),
-        (["--batch", "0"], ["--batch: expected 1 to 4096 photos, got 0"]),
+        (["--batch", "0"], ["--batch: expected 1 to 4,096 photos, got 0"]),
         (["--dtype", "float8"], ["--dtype: expected float32, bfloat16 or float16, got 'float8'"]),
         (["--memory", "much"], ["--memory: expected auto, fast or low, got 'much'"]),
         (["--device", "abacus"], ["device: 'abacus' cannot be used"]),
@@ -177,7 +177,7 @@ def test_unusual_pictures_and_names(offline, weights, tmp_path):
         (["--model", "deit_smal"], ["model: 'deit_smal' is neither a timm name nor an embedded model"]),
         (["--model", "swin_tiny_patch4_window7_224", "--checkpoint", "swin.pth"], ["uses windowed attention"]),
         (["--model", "vit_tiny_patch16_224", "--checkpoint", "headless.pth"], ["has no classifier"]),
-        (["--duration", "0"], ["--duration: expected 20 to 60000 milliseconds"]),
+        (["--duration", "0"], ["--duration: expected 20 to 60,000 milliseconds"]),
         (["--size", "huge"], ["--size: expected image, model, or 32 to 8192 pixels"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
@@ -223,7 +223,7 @@ def test_defaults_of_the_options():
 
 
 def test_errors_end_the_process_with_code_2(offline, tmp_path):
-    for options, text in ((["--image", "gone.jpg"], "there is no file"), (["--batch", "0"], "expected 1 to 4096")):
+    for options, text in ((["--image", "gone.jpg"], "there is no file"), (["--batch", "0"], "expected 1 to 4,096")):
         one_line_error(run(SCRIPT, *options, env=offline, cwd=tmp_path), text)
 
 
