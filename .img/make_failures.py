@@ -1,9 +1,9 @@
-"""Draw failures.jpg: photos of an evaluation on which the relevance flow does worse than gradient-weighted attention.
+"""Draw failures.jpg: photos on which the relevance flow has the least advantage over gradient-weighted attention.
 
     python .img/make_failures.py --images photos/ --run evaluated --without Aqua.jpg
 
 `--run` is a folder of `python -m evaluation` for the embedded classifier, with the methods of `COLUMNS`, and `--images`
-its photos. The photos furthest behind `gae` come first, by insertion minus deletion, each averaged over its baselines.
+its photos. They are ordered by insertion minus deletion, each averaged over its baselines, compared with `gae`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from daam_vit.files import atomic_write  # noqa: E402
 from evaluation.decision import Decision  # noqa: E402
 from evaluation.explained import Explained  # noqa: E402
 from evaluation.methods import METHODS  # noqa: E402
+from evaluation.sheet import areas  # noqa: E402
 from models import load  # noqa: E402
 from models.images import read_image, resize_longest_side  # noqa: E402
 
@@ -30,10 +31,7 @@ ROWS, SIDE, GAP, LINE = 3, 230, 6, 22
 
 def advantage(record: dict, method: str) -> float:
     """Return insertion minus deletion of a method on a photo, each averaged over its baselines."""
-    kinds = [
-        [v for k, v in record["scores"][method].items() if k.startswith(kind)] for kind in ("insertion", "deletion")
-    ]
-    insertion, deletion = (sum(values) / len(values) for values in kinds)
+    insertion, deletion = areas(record, method)
     return insertion - deletion
 
 

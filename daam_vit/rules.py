@@ -43,7 +43,7 @@ class Rules(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call a function by its rule, if it has one."""
         kwargs = kwargs or {}
-        rule = _RULES.get(getattr(func, "__name__", "").removesuffix("_"))
+        rule = RULES.get(getattr(func, "__name__", "").removesuffix("_"))
         if rule is None or not _activations(args, kwargs):
             return func(*args, **kwargs)
         return rule(func, *args, **kwargs)
@@ -265,7 +265,7 @@ _POINTWISE = {
     "celu", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "normalize", "prelu", "relu", "relu6", "selu",
     "silu", "square",
 }  # fmt: skip
-_RULES: dict[str, Callable[..., Any]] = {
+RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("bmm", "einsum", "linalg_matmul", "matmul", "mm"), _matrix_product),
     **dict.fromkeys(("mul", "multiply"), _product),
     **dict.fromkeys(("div", "divide", "true_divide"), _quotient),

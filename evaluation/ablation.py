@@ -19,7 +19,7 @@ from daam_core import UnsupportedModel
 from daam_vit.attention import AttentionCall, AttentionMatrix, AttentionRecorder, repeat_heads
 from daam_vit.families import plan_of
 from daam_vit.relevance import Relevance
-from daam_vit.rules import _RULES as BACKWARD_RULES
+from daam_vit.rules import RULES as BACKWARD_RULES
 from evaluation.explained import WAY_OUT, Explained
 
 Rule = Callable[..., Tensor]

@@ -56,7 +56,7 @@ def write_sheet(
         write(draw, (gap, height // 2), method, font_size, anchor="lm", max_width=left - 2 * gap)
         for (x, record), tile in zip(places, tiles):
             rows[-1].paste(tile, (x, height - tile.height))
-            insertion, deletion = _areas(record, method)
+            insertion, deletion = areas(record, method)
             for i, words in enumerate((record["name"], f"ins {insertion:.2f}  del {deletion:.2f}")):
                 write(draw, (x, height + 3 + i * line), words, font_size, max_width=side)
     page = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
@@ -70,12 +70,12 @@ def write_sheet(
 
 def best_first(photos: Iterable[dict], method: str) -> list[dict]:
     """Sort the records with scores of a method by insertion minus deletion, each averaged over its baselines."""
-    measured = [record for record in photos if _areas(record, method) is not None]
-    return sorted(measured, key=lambda record: np.subtract(*_areas(record, method)), reverse=True)
+    measured = [record for record in photos if areas(record, method) is not None]
+    return sorted(measured, key=lambda record: np.subtract(*areas(record, method)), reverse=True)
 
 
-def _areas(record: dict, method: str) -> tuple[float, float] | None:
-    """Return insertion and deletion, each averaged over its baselines; None if one is missing."""
+def areas(record: dict, method: str) -> tuple[float, float] | None:
+    """Return insertion and deletion of a method, each averaged over its baselines; None if one is missing."""
     scores = record["scores"].get(method, {})
-    areas = [[v for k, v in scores.items() if k.startswith(f"{kind}_")] for kind in ("insertion", "deletion")]
-    return (float(np.mean(areas[0])), float(np.mean(areas[1]))) if all(areas) else None
+    kinds = [[v for k, v in scores.items() if k.startswith(f"{kind}_")] for kind in ("insertion", "deletion")]
+    return (float(np.mean(kinds[0])), float(np.mean(kinds[1]))) if all(kinds) else None

@@ -8,7 +8,7 @@ less. `convert` sets its weights from those of the embedded classifier. The mode
 probabilities of the embedded classifier, and from its tokens after `MIDDLE` blocks. The photos and the split are those
 of `train_caltech101.py`.
 
-Tokens and probabilities are computed only once. The model sees a few of the patches and, in the last epoch, half of
+Tokens and probabilities are computed only once. The model sees some of the patches and, in the last epoch, half of
 them. The state is saved in the folder `--work` after every epoch, and the same command resumes from there. The results
 are in `vit_small_patch14_rope_caltech101.md`.
 """

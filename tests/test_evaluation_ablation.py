@@ -10,7 +10,7 @@ from tiny_models import random_images, tiny_vit
 from torch import nn
 
 from daam_core import UnsupportedModel, attention_flow
-from daam_vit.rules import _RULES
+from daam_vit.rules import RULES as BACKWARD_RULES
 from evaluation.ablation import ABLATION, RULES, relevance_of
 from evaluation.explained import Explained
 from evaluation.methods import EXTRA, GROUPS, METHODS
@@ -30,9 +30,10 @@ CASES = {
 
 def test_variants_replace_every_rule():
     """Otherwise the map would follow the rule that was left, without a word."""
-    assert RULES["plain"].keys() == _RULES.keys()
-    pointwise = {name for name, rule in _RULES.items() if rule is _RULES["gelu"]} - {"normalize", "square"}
-    assert pointwise <= RULES["plain-gelu"].keys() <= _RULES.keys()
+    assert RULES["plain"].keys() == BACKWARD_RULES.keys()
+    gated = BACKWARD_RULES["gelu"]
+    pointwise = {name for name, rule in BACKWARD_RULES.items() if rule is gated} - {"normalize", "square"}
+    assert pointwise <= RULES["plain-gelu"].keys() <= BACKWARD_RULES.keys()
 
 
 @pytest.fixture(scope="module", params=[{}, {"init_values": 0.3, "reg_tokens": 2}], ids=["plain", "registers"])
